@@ -1,6 +1,7 @@
-"""The build: pure Python plus one C++ extension, `fastmaml._C`, on torch's stable ABI (one abi3 wheel, torch >= 2.10).
+"""The build: pure Python plus one C++ extension, `fastmaml._C`.
 
-Without a C++ compiler, or with FASTMAML_CPP=0, only the Python is installed; `fastmaml` then uses its `torch` backend.
+The extension uses torch's stable ABI alone, so one abi3 wheel serves every torch >= 2.10. Without a C++
+compiler, or with FASTMAML_CPP=0, only the Python is installed; `fastmaml` then uses its `torch` backend.
 """
 
 import os
@@ -38,13 +39,14 @@ def extension() -> dict:
     """The arguments of setup() that build `fastmaml._C`; needs torch."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    # The ISA variants select their target by pragma in the source, so every file takes the same flags. Python's own
-    # flags come first and hold -g and -fwrapv, which are undone here. py_limited_api makes torch define Py_LIMITED_API.
+    # The ISA variants select their target by pragma in the source, so every file takes the same flags.
+    # Python's own flags come first and hold -g and -fwrapv, which are undone here.
+    # py_limited_api makes torch define Py_LIMITED_API.
     module = CppExtension(
         "fastmaml._C",
         paths("*.cpp") + paths("cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=paths("**/*.h"),
+        depends=[*paths("**/*.h"), "setup.py"],
         define_macros=DEFINES,
         extra_compile_args=["-O3", "-g0", "-fno-wrapv", "-std=c++17", "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],

@@ -1,0 +1,93 @@
+# Every target prepares .venv by itself. pip's own settings decide where packages come from.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+# torch releases that check-wheel runs the tests on; the wheel itself is built against $(TORCH)
+CHECK_TORCH ?= 2.13.0 2.10.0
+ARGS ?=
+
+V := .venv
+PIP := $(V)/bin/python -m pip install --disable-pip-version-check
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP_TESTS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/test_*.cpp))
+
+# torch finds ninja by PATH
+export PATH := $(CURDIR)/$(V)/bin:$(PATH)
+
+.PHONY: setup test demo bench lint format sanitize wheel check-wheel clean
+
+setup: $(V)/.built
+
+$(V)/bin/python:
+	$(PYTHON) -m venv $(V)
+
+$(V)/.torch: Makefile | $(V)/bin/python
+	$(PIP) --quiet "torch==$(TORCH)" numpy "setuptools>=77" wheel ninja
+	touch $@
+
+# The editable install leaves the extension out, so that it is built once, incrementally, and its output is seen.
+$(V)/.installed: $(V)/.torch pyproject.toml
+	FASTMAML_CPP=0 $(PIP) --quiet --no-build-isolation -e ".[test]"
+	touch $@
+
+$(V)/.built: $(V)/.installed setup.py $(CSRC)
+	$(V)/bin/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed
+	FASTMAML_CPP=0 $(PIP) --quiet --no-build-isolation -e ".[$*]"
+	touch $@
+
+test: setup
+	$(V)/bin/python -m pytest $(ARGS)
+
+demo: setup
+	$(V)/bin/fastmaml demo $(ARGS)
+
+bench: setup $(V)/.bench
+	$(V)/bin/python -m pytest bench --benchmark-autosave --benchmark-storage=bench/results/benchmarks $(ARGS)
+	$(V)/bin/python -m bench.meta_step sine omniglot-mlp
+
+lint: setup $(V)/.dev
+	$(V)/bin/ruff check .
+	$(V)/bin/ruff format --check .
+	$(V)/bin/pyright
+	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+
+format: setup $(V)/.dev
+	$(V)/bin/ruff check --fix-only .
+	$(V)/bin/ruff format .
+	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+
+# The C++ tests include the kernels' headers and need no torch.
+SANITIZE_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE_tsan := -fsanitize=thread
+CPP_BINARIES := $(foreach s,asan tsan,$(addprefix build/$(s)/,$(CPP_TESTS)))
+
+define sanitizer
+build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(CSRC)
+	@mkdir -p $$(@D)
+	$$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer $$(SANITIZE_$(1)) -Icsrc -pthread $$< -o $$@
+endef
+$(foreach s,asan tsan,$(eval $(call sanitizer,$(s))))
+
+sanitize: $(CPP_BINARIES)
+	@for test in $^; do echo "$$test"; "$$test" || exit 1; done
+
+wheel: $(V)/.installed
+	rm -rf build/lib* build/bdist* dist
+	$(V)/bin/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps -w dist .
+
+# Each venv sees the tests but not the source tree, so what is tested is the wheel.
+check-wheel: wheel
+	@for torch in $(CHECK_TORCH); do \
+	  dir=build/check-$$torch; \
+	  echo "== the wheel on torch $$torch"; \
+	  rm -rf $$dir/tree && mkdir -p $$dir/tree && cp -r tests docs pyproject.toml $$dir/tree && \
+	  { [ -x $$dir/bin/python ] || $(PYTHON) -m venv $$dir; } && \
+	  $$dir/bin/python -m pip install --disable-pip-version-check --quiet "torch==$$torch" "$$(ls dist/*.whl)[test]" && \
+	  $$dir/bin/python -m pip install --disable-pip-version-check --quiet --force-reinstall --no-deps dist/*.whl && \
+	  (cd $$dir/tree && ../bin/python -c "import fastmaml._C" && ../bin/python -m pytest -q $(ARGS)) || exit 1; \
+	done
+
+clean:
+	rm -rf build dist fastmaml/*.so

@@ -1,0 +1,20 @@
+"""Settings that every test shares."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is first imported
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# A first example may build or trace something; times are claims of bench/, not of tests.
+settings.register_profile("fastmaml", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fastmaml")
+
+
+@pytest.fixture(autouse=True)
+def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds torch, and lets no FASTMAML_BACKEND of the caller's choose what is tested."""
+    monkeypatch.delenv("FASTMAML_BACKEND", raising=False)
+    torch.manual_seed(0)
