@@ -1,0 +1,79 @@
+// y = x W^T + b on the rows of x. Its tangent: t_y = t_x W^T + x t_W^T + t_b, and so for both gradients,
+//   grad_x = grad_y W          t: t_grad_y W + grad_y t_W
+//   grad_W = grad_y^T x        t: t_grad_y^T x + grad_y^T t_x
+#pragma once
+#include "pass.h"
+
+namespace fastmaml::FASTMAML_ISA {
+
+// A [rows, K] times the matrix in `s`, transposed or not, whichever the layout makes an nn or an nt product.
+template <class T, int NP>
+void times(const Slot& s, bool transpose, int64_t rows, const T* const (&a)[NP], int64_t lda, const T* const (&w)[NP], T* y, int64_t ldy,
+           const Epilogue<T>& e) {
+  Factors<T> f[NP];
+  for (int p = 0; p < NP; ++p) f[p] = {a[p], lda, 1, w[p], s.ld};
+  if (s.wide == transpose)
+    nn<T, NP>(rows, s.rows, s.ld, f, y, ldy, e);
+  else
+    nt<T, NP>(rows, s.ld, s.rows, f, y, ldy, e);
+}
+
+template <bool Dual, class T>
+void linear_forward(const OpPlan& o, const Pass<T>& p) {
+  const Op& op = o.op;
+  const Slot& s = p.plan.slots[op.w];
+  const int64_t rows = p.rows(op.in0), lda = p.ld(op.in0), ldy = p.ld(op.out);
+  Epilogue<T> e;
+  if constexpr (!Dual) {
+    e.bias = p.param(op.b);
+    e.act = op.act, e.slope = op.slope;
+    times<T, 1>(s, true, rows, {p.value(op.in0)}, lda, {p.param(op.w)}, p.out(op.out), ldy, e);
+  } else {
+    e.bias = p.t_param(op.b);
+    if (op.act) e.mask = p.value(op.out), e.ld_mask = ldy, e.mask_slope = op.slope;
+    if (o.tangent_in0)
+      times<T, 2>(s, true, rows, {p.t_value(op.in0), p.value(op.in0)}, lda, {p.param(op.w), p.t_param(op.w)}, p.t_value(op.out), ldy, e);
+    else
+      times<T, 1>(s, true, rows, {p.value(op.in0)}, lda, {p.t_param(op.w)}, p.t_value(op.out), ldy, e);
+  }
+}
+
+template <class T, int NP>
+void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], int64_t ldx, const T* const (&d)[NP], int64_t ldd,
+                        const ParamGrad<T>& g) {
+  Epilogue<T> e;
+  e.base = g.base, e.ld_base = s.ld, e.scale = g.scale, e.scale_each = g.scale_each;
+  Factors<T> f[NP];
+  for (int p = 0; p < NP; ++p) f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd} : Factors<T>{d[p], 1, ldd, x[p], ldx};
+  nn<T, NP>(s.rows, rows, s.ld, f, g.dst, s.ld, e);
+}
+
+template <bool Dual, class T>
+void linear_backward(const OpPlan& o, const Pass<T>& p) {
+  const Op& op = o.op;
+  const Slot& s = p.plan.slots[op.w];
+  const int64_t rows = p.rows(op.in0), ldx = p.ld(op.in0), ldd = p.ld(op.out);
+  const T* x = p.value(op.in0);
+  const T* d = p.grad(op.out);
+  const T* t_d = Dual ? p.t_grad(op.out) : nullptr;
+  if (p.wants_grad(o.tangent_in0)) {
+    Epilogue<T> e;
+    T* dx = Dual ? p.t_grad(op.in0) : p.grad(op.in0);
+    if (!o.first_in0) e.base = dx, e.ld_base = ldx;
+    if (op.mask) e.mask = x, e.ld_mask = ldx, e.mask_slope = op.mask_slope;
+    if constexpr (Dual)
+      times<T, 2>(s, false, rows, {t_d, d}, ldd, {p.param(op.w), p.t_param(op.w)}, dx, ldx, e);
+    else
+      times<T, 1>(s, false, rows, {d}, ldd, {p.param(op.w)}, dx, ldx, e);
+  }
+  if (p.wants_param_grad(op.w)) {
+    const ParamGrad<T> g = p.param_grad(op.w, o.first_w);
+    if (Dual && o.tangent_in0)
+      linear_weight_grad<T, 2>(s, rows, {x, p.t_value(op.in0)}, ldx, {t_d, d}, ldd, g);
+    else
+      linear_weight_grad<T, 1>(s, rows, {x}, ldx, {Dual ? t_d : d}, ldd, g);
+  }
+  if (p.wants_param_grad(op.b)) column_sum<T, 1>(rows, ldd, {{Dual ? t_d : d, nullptr}}, p.param_grad(op.b, o.first_b));
+}
+
+}  // namespace fastmaml::FASTMAML_ISA

@@ -1,0 +1,95 @@
+// One sweep over a program for one task: what an op finds and where it writes.
+#pragma once
+#include "matmul.h"
+#include "plan.h"
+
+namespace fastmaml::FASTMAML_ISA {
+
+// The buffers of one sweep: values, gradients and what the ops keep, for n examples.
+template <class T>
+struct Frame {
+  T* value = nullptr;
+  T* grad = nullptr;
+  T* saved = nullptr;
+};
+
+template <class T>
+Frame<T> carve_frame(const Plan& plan, int64_t n, T* at) {
+  return {at, at + n * plan.per_example, at + 2 * n * plan.per_example};
+}
+
+// Where a parameter's gradient g goes: dst = base + scale * g. Plain: the next fast weights, W - a g. Dual: the adjoint,
+// v - a H v. With no base just the gradient.
+template <class T>
+struct ParamGrad {
+  T* dst;
+  const T* base;
+  T scale;
+  const T* scale_each;
+};
+
+template <class T>
+struct Pass {
+  const Plan& plan;
+  int64_t n;                     // examples
+  const T* x;                    // [n * R, ld]: buffer 0
+  Frame<T> primal;
+  Frame<T> tangent;              // dual only
+  const T* w = nullptr;          // [P] in slots: the fast weights
+  const T* t_w = nullptr;        // [P]: their tangent
+  // parameter gradients (null dst: none wanted)
+  T* grad_dst = nullptr;
+  const T* grad_base = nullptr;
+  T grad_scale = 1;
+  const T* scale_each_tensor = nullptr;  // [params], multiplies grad_scale
+  const T* scale_each = nullptr;         // [P], multiplies nothing else
+  bool skip_frozen = false;
+  bool x_grad = false;           // is the gradient of buffer 0 wanted?
+
+  int64_t ld(int64_t b) const { return plan.ld[b]; }
+  int64_t rows(int64_t b) const { return n * plan.program.buffers[b].R; }
+  const T* value(int64_t b) const { return b == 0 ? x : primal.value + n * plan.before[b]; }
+  T* out(int64_t b) const { return primal.value + n * plan.before[b]; }
+  T* grad(int64_t b) const { return primal.grad + n * plan.before[b]; }
+  T* t_value(int64_t b) const { return tangent.value + n * plan.before[b]; }
+  T* t_grad(int64_t b) const { return tangent.grad + n * plan.before[b]; }
+  T* saved(const OpPlan& o, const Frame<T>& f) const { return f.saved + n * o.saved_each_before + o.saved_fixed_before; }
+  const T* param(int64_t p) const { return p < 0 ? nullptr : w + plan.slots[p].offset; }
+  const T* t_param(int64_t p) const { return p < 0 ? nullptr : t_w + plan.slots[p].offset; }
+
+  // Is the gradient of a buffer wanted that moves with the parameters, or only with x?
+  bool wants_grad(bool moves) const { return moves || x_grad; }
+
+  bool wants_param_grad(int64_t p) const { return p >= 0 && grad_dst && !(skip_frozen && !plan.program.params[p].adapt); }
+
+  ParamGrad<T> param_grad(int64_t p, bool first) const {
+    const int64_t at = plan.slots[p].offset;
+    const T scale = scale_each_tensor ? grad_scale * scale_each_tensor[p] : grad_scale;
+    const T* base = !first ? grad_dst : grad_base;
+    return {grad_dst + at, base ? base + at : nullptr, scale, scale_each ? scale_each + at : nullptr};
+  }
+};
+
+// dst[c] = base[c] + scale * sum_rows (a0 b0 + a1 b1), b null for ones: the gradient of a bias, or of a norm's weight
+template <class T>
+struct ColumnTerm {
+  const T* a;
+  const T* b;
+};
+template <class T, int NP>
+void column_sum(int64_t rows, int64_t ld, const ColumnTerm<T> (&terms)[NP], const ParamGrad<T>& g) {
+  constexpr int64_t W = lanes<T>;
+  for (int64_t c = 0; c < ld; c += W) {
+    Vec<T> acc{};
+    for (const ColumnTerm<T>& term : terms) {
+      if (term.b)
+        for (int64_t r = 0; r < rows; ++r) acc += load(term.a + r * ld + c) * load(term.b + r * ld + c);
+      else
+        for (int64_t r = 0; r < rows; ++r) acc += load(term.a + r * ld + c);
+    }
+    acc = g.scale_each ? load(g.scale_each + c) * acc : g.scale * acc;
+    store(g.dst + c, g.base ? load(g.base + c) + acc : acc);
+  }
+}
+
+}  // namespace fastmaml::FASTMAML_ISA

@@ -1,0 +1,93 @@
+// Where everything lies: computed once per call, the same for every task.
+#pragma once
+#include <algorithm>
+
+#include "../program.h"
+
+namespace fastmaml {
+
+inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// A parameter inside the kernels: rows of `ld` numbers, zero from `cols` on. A matrix lies as [I, O] (`wide`) or as
+// [O, I], whichever pads less, so that a layer with one output does not compute eight.
+struct Slot {
+  int64_t rows, cols, ld, offset;
+  bool wide;
+  int uses;
+  int64_t size() const { return rows * ld; }
+};
+
+struct OpPlan {
+  Op op;
+  bool tangent_in0, tangent_in1, tangent_out;  // does the buffer move with the parameters?
+  bool first_in0, first_in1;                   // first to write this buffer's gradient in the backward pass
+  bool first_w, first_b;                       // first to write this parameter's gradient
+  int64_t saved_each, saved_fixed;             // floats kept for the backward pass, per example and once
+  int64_t saved_each_before, saved_fixed_before;
+};
+
+struct Plan {
+  Program program;
+  int64_t lanes;                   // of a vector register
+  std::vector<int64_t> ld;         // padded columns of a buffer
+  std::vector<int64_t> before;     // padded floats per example of the buffers before this one
+  std::vector<char> tangent;       // per buffer
+  std::vector<Slot> slots;
+  std::vector<OpPlan> ops;
+  int64_t P = 0;                   // floats of all slots
+  int64_t per_example = 0, saved_each = 0, saved_fixed = 0;
+  bool tied = false, frozen = false;
+
+  int64_t frame_size(int64_t n) const { return round_up(2 * n * per_example + n * saved_each + saved_fixed, 16); }
+};
+
+inline Plan make_plan(Program program, int64_t lanes) {
+  Plan plan;
+  plan.lanes = lanes;
+  for (const Buffer& b : program.buffers) {
+    plan.ld.push_back(round_up(b.C, lanes));
+    plan.before.push_back(plan.per_example);
+    plan.per_example += b.R * plan.ld.back();
+  }
+  for (const Param& p : program.params) {
+    Slot s{};
+    s.wide = !p.matrix || round_up(p.O, lanes) * p.I <= round_up(p.I, lanes) * p.O;
+    s.rows = s.wide ? p.I : p.O;
+    s.cols = s.wide ? p.O : p.I;
+    s.ld = round_up(s.cols, lanes);
+    s.offset = plan.P;
+    plan.P += round_up(s.size(), 16);
+    plan.slots.push_back(s);
+    plan.frozen |= !p.adapt;
+  }
+  plan.tangent.assign(program.buffers.size(), 0);
+  for (const Op& op : program.ops) {
+    OpPlan o{};
+    o.op = op;
+    o.tangent_in0 = plan.tangent[op.in0];
+    o.tangent_in1 = op.in1 >= 0 && plan.tangent[op.in1];
+    o.tangent_out = o.tangent_in0 || o.tangent_in1 || op.w >= 0 || op.b >= 0;
+    plan.tangent[op.out] = o.tangent_out;
+    const Buffer& in = program.buffers[op.in0];
+    const int64_t ld = plan.ld[op.in0];
+    if (op.kind == Kind::batch_norm) o.saved_each = ld, o.saved_fixed = ld;  // h [N, C]; r [C]
+    if (op.kind == Kind::layer_norm) o.saved_each = in.R * (ld + lanes);     // h [N, C]; r [N]
+    o.saved_each_before = plan.saved_each, o.saved_fixed_before = plan.saved_fixed;
+    plan.saved_each += o.saved_each, plan.saved_fixed += o.saved_fixed;
+    plan.ops.push_back(o);
+  }
+  std::vector<char> written(program.buffers.size(), 0);
+  for (auto o = plan.ops.rbegin(); o != plan.ops.rend(); ++o) {
+    auto first = [&](int64_t b) { return b >= 0 && !std::exchange(written[b], 1); };
+    auto first_param = [&](int64_t p) { return p >= 0 && plan.slots[p].uses++ == 0; };
+    o->first_in0 = first(o->op.in0);
+    o->first_in1 = first(o->op.in1);
+    o->first_w = first_param(o->op.w);
+    o->first_b = first_param(o->op.b);
+  }
+  for (const Slot& s : plan.slots) plan.tied |= s.uses > 1;
+  plan.program = std::move(program);
+  return plan;
+}
+
+}  // namespace fastmaml
