@@ -2,6 +2,7 @@
 // compiled for this instruction set.
 #if defined(__x86_64__)
 #include <algorithm>
+#include <utility>
 #include <cmath>
 #include <cstring>
 #include <memory>

@@ -1,6 +1,7 @@
 // Where everything lies: computed once per call, the same for every task.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "../program.h"
 

@@ -147,13 +147,13 @@ FASTMAML_INLINE Vec<T> sigmoid(Vec<T> x) {
 
 template <class T>
 FASTMAML_INLINE Vec<T> sqrt(Vec<T> x) {
-  FASTMAML_UNROLL(i, (int)lanes<T>) { x[i] = std::sqrt(x[i]); });
+  FASTMAML_UNROLL(i, (int)lanes<T>) { x[(int)i] = std::sqrt(x[(int)i]); });
   return x;
 }
 
 template <class T>
 FASTMAML_INLINE Vec<T> erf(Vec<T> x) {
-  FASTMAML_UNROLL(i, (int)lanes<T>) { x[i] = std::erf(x[i]); });
+  FASTMAML_UNROLL(i, (int)lanes<T>) { x[(int)i] = std::erf(x[(int)i]); });
   return x;
 }
 

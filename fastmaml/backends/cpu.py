@@ -1,0 +1,181 @@
+"""The `cpu` backend: C++ kernels; one call runs the whole inner loop, the tail and the adjoint of every task.
+
+Tensors come detached, parameters in the order of `problem.names`. The formulas are in csrc/cpu/<op>.h, the recursion in
+csrc/cpu/inner_loop.h.
+"""
+
+import math
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..losses import MSE, CrossEntropy
+from ..program import Op, Program
+
+if TYPE_CHECKING:
+    from . import Problem
+
+try:
+    from .. import _C  # registers torch.ops.fastmaml
+except ImportError as error:
+    _C = None
+    _WHY_ABSENT = f"the C++ extension is not built ({error}); reinstall fastmaml with a C++ compiler at hand"
+
+# csrc/program.h has the same numbers
+_KINDS = {
+    "linear": 0,
+    "batch_norm": 1,
+    "layer_norm": 2,
+    "relu": 3,
+    "leaky_relu": 3,
+    "tanh": 4,
+    "sigmoid": 5,
+    "gelu": 6,
+    "silu": 7,
+    "add": 8,
+    "flatten": 9,
+}
+_LOSSES = {type(None): 0, MSE: 1, CrossEntropy: 2}
+_ATTRIBUTE = {"batch_norm": "eps", "layer_norm": "eps", "leaky_relu": "negative_slope", "gelu": "tanh"}
+
+Encoded = tuple[list[int], list[float]]
+
+
+def available() -> str | None:
+    """None, or why this backend is absent."""
+    return None if _C is not None else _WHY_ABSENT
+
+
+def isa() -> str:
+    """The instruction set that the kernels run on: avx2 or generic."""
+    return _C.isa() if _C is not None else "none"
+
+
+def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or the reason why this backend cannot run the problem."""
+    if _C is None:
+        return _WHY_ABSENT
+    if device.type != "cpu":
+        return f"it takes CPU tensors, not {device.type}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, not {dtype}"
+    if problem.program is None:
+        return problem.why_no_program or "the model has no Program"
+    if type(problem.loss) not in _LOSSES:
+        return "the loss is a callable; it knows MSE and CrossEntropy"
+    if isinstance(problem.loss, CrossEntropy) and len(problem.program.buffers[problem.program.output]) != 1:
+        return "cross entropy takes outputs [N, C] here"
+    return None
+
+
+def _fold_relu(program: Program) -> dict[int, tuple[int, float]]:
+    """{op: (producer, slope)} for each (leaky) relu that its two neighbours can do: a linear or norm layer before it that feeds
+    nothing else, and a single linear after it, which finds the slope in the sign of its own input."""
+    readers: dict[int, list[int]] = {}
+    for i, op in enumerate(program.ops):
+        for b in op.inputs:
+            readers.setdefault(b, []).append(i)
+    writer = {op.output: i for i, op in enumerate(program.ops)}
+    folded = {}
+    for i, op in enumerate(program.ops):
+        slope = dict(op.attrs).get("negative_slope", 0.0)
+        if op.name not in ("relu", "leaky_relu") or slope < 0 or op.output == program.output:
+            continue
+        before, after = writer.get(op.inputs[0]), readers.get(op.output, [])
+        if before is None or program.ops[before].name not in ("linear", "batch_norm", "layer_norm"):
+            continue
+        if readers[op.inputs[0]] == [i] and len(after) == 1 and program.ops[after[0]].name == "linear":
+            folded[i] = (before, slope)
+    return folded
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+def _encode(problem: "Problem", itemsize: int) -> Encoded:
+    """The program as the flat lists that csrc/program.h decodes."""
+    program = problem.program
+    assert program is not None
+    folded = _fold_relu(program)
+    slopes = {before: slope for before, slope in folded.values()}
+    masks = {program.ops[i].output: slope for i, (_, slope) in folded.items()}
+    outputs = {before: program.ops[i].output for i, (before, _) in folded.items()}
+    index = {name: i for i, name in enumerate(problem.names)}
+    ops = [(i, op) for i, op in enumerate(program.ops) if i not in folded]
+    unused = {program.ops[i].inputs[0] for i in folded}
+    matrices = {op.params[0] for _, op in ops if op.name == "linear"}
+    offsets, size = problem.layout(itemsize)
+
+    ints = [len(program.buffers), len(problem.names), len(ops), program.output, size, _LOSSES[type(problem.loss)]]
+    floats = [float(getattr(problem.loss, "label_smoothing", 0.0))]
+    for b, shape in enumerate(program.buffers):
+        ints += (0, 1) if b in unused else _rows_and_columns(shape)
+    for name, shape, adapt, offset in zip(problem.names, problem.shapes, problem.adapt, offsets, strict=True):
+        matrix = name in matrices
+        ints += (*(shape if matrix else (math.prod(shape), 1)), int(matrix), int(adapt), offset)
+    for i, op in ops:
+        w, b = (-1 if p is None else index[p] for p in (*op.params, None, None)[:2])
+        inputs = (*op.inputs, -1)[:2]
+        ints += (_KINDS[op.name], *inputs, outputs.get(i, op.output), w, b, int(i in slopes), int(inputs[0] in masks))
+        floats += (_attribute(op), slopes.get(i, 0.0), masks.get(inputs[0], 0.0))
+    return ints, floats
+
+
+def _attribute(op: Op) -> float:
+    return float(dict(op.attrs)[_ATTRIBUTE[op.name]]) if op.name in _ATTRIBUTE else 0.0
+
+
+_encode_cached = lru_cache(maxsize=256)(_encode)
+
+
+def _encoded(problem: "Problem", x: Tensor) -> Encoded:
+    return _encode_cached(problem, x.element_size())
+
+
+def _maybe(t: Tensor, wanted: bool) -> Tensor | None:
+    return t if wanted else None
+
+
+def apply(problem, params, x):
+    out = torch.ops.fastmaml.apply(params, x, *_encoded(problem, x))
+    return out.view(*x.shape[:2], *problem.program.buffers[problem.program.output])
+
+
+def apply_backward(problem, params, x, grad_out, *, needs):
+    want = "params" in needs, "x" in needs
+    out = torch.ops.fastmaml.apply_backward(params, x, grad_out, *_encoded(problem, x), *want)
+    return tuple(map(_maybe, out, want))
+
+
+def value_and_grad(problem, params, x, y):
+    return torch.ops.fastmaml.value_and_grad(params, x, *y, *_encoded(problem, x))
+
+
+def value_and_grad_backward(problem, params, x, y, grad_loss, v, *, needs, per_task=False):
+    want = "x" in needs
+    out = torch.ops.fastmaml.value_and_grad_backward(params, x, *y, grad_loss, v, *_encoded(problem, x), per_task, want)
+    return out[0], _maybe(out[1], want)
+
+
+def inner_loop(problem, params, lr, x, y, *, steps):
+    return torch.ops.fastmaml.inner_loop(params, lr, x, *y, *_encoded(problem, x), steps)
+
+
+def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs):
+    want = "params" in needs, "lr" in needs and steps > 0, "x" in needs
+    out = torch.ops.fastmaml.inner_loop_backward(
+        params, lr, x, *y, v, *_encoded(problem, x), steps, first_order, checkpoint_every or 0, *want
+    )
+    return tuple(map(_maybe, out, want))
+
+
+def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, needs):
+    (x_s, y_s), (x_q, y_q) = support, query
+    want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
+    loss, *grads = torch.ops.fastmaml.meta_loss(
+        params, lr, x_s, *y_s, x_q, *y_q, *_encoded(problem, x_s), steps, first_order, checkpoint_every or 0, per_task, *want
+    )
+    return loss, *map(_maybe, grads, want)
