@@ -1,0 +1,96 @@
+"""What is correct: the public functions in torch.func, task after task, steps unrolled, ordinary autodiff.
+
+Slow on purpose. Arguments are those of `fastmaml.functional`; backend, chunk_tasks, checkpoint_every change
+nothing here. Everything is differentiable any number of times.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value
+from torch.nn.modules.batchnorm import _NormBase
+
+from fastmaml.losses import resolve
+
+
+def apply(model, params, x, *, backend=None, chunk_tasks=None):
+    """The model's output [T, N, *out], task t with its own parameters."""
+    return torch.stack([_call(model, p, x_t) for p, (x_t,) in _tasks(model, params, x)])
+
+
+def value_and_grad(model, params, x, y, *, loss, backend=None, chunk_tasks=None):
+    """Every task's loss [T] and its gradient {name: [T, *shape]}."""
+    results = [grad_and_value(_loss(model, loss, s))(p) for p, s in _tasks(model, params, x, y)]
+    return torch.stack([value for _, value in results]), _stack([g for g, _ in results])
+
+
+def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None):
+    """H v = d<g, v>/dW, the Hessian of every task's loss times v: {name: [T, *shape]}."""
+    products = []
+    for (p, s), (v_t, _) in zip(_tasks(model, params, x, y), _tasks(model, v, x), strict=True):
+        g = grad(_loss(model, loss, s))
+        products.append(grad(lambda w, g=g, v_t=v_t: sum((a * v_t[n]).sum() for n, a in g(w).items()))(p))
+    return _stack(products)
+
+
+def inner_loop(
+    model, params, x, y, *, loss, lr, steps, first_order=False,
+    backend=None, chunk_tasks=None, checkpoint_every=None,
+):  # fmt: skip
+    """Fast weights {name: [T, *shape]} after `steps` steps of gradient descent on every task's loss."""
+    return _stack([_adapt(model, p, s, loss, lr, steps, first_order) for p, s in _tasks(model, params, x, y)])
+
+
+def meta_loss(
+    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
+    backend=None, chunk_tasks=None, checkpoint_every=None,
+):  # fmt: skip
+    """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none"."""
+    value = torch.stack([
+        _loss(model, loss, q)(_adapt(model, p, s, loss, lr, steps, first_order))
+        for (p, s), (_, q) in zip(_tasks(model, params, *support), _tasks(model, params, *query), strict=True)
+    ])  # fmt: skip
+    return {"mean": value.mean, "sum": value.sum, "none": value.clone}[reduction]()
+
+
+def _adapt(model, params, data, loss, lr, steps, first_order):
+    """W_{k+1} = W_k - lr_k g_k for one task. Parameters that the model has frozen stay as they are."""
+    frozen = {n: params[n] for n, p in model.named_parameters() if not p.requires_grad}
+    w = {n: p for n, p in params.items() if n not in frozen}
+    for k in range(steps):
+        g = grad(lambda w: _loss(model, loss, data)(w | frozen))(w)
+        if first_order:
+            g = {n: a.detach() for n, a in g.items()}
+        lr_k = lr[k] if isinstance(lr, (list, tuple)) else lr
+        w = {n: p - (lr_k[n] if isinstance(lr_k, dict) else lr_k) * g[n] for n, p in w.items()}
+    return {n: (w | frozen)[n] for n in params}
+
+
+def _loss(model, loss, data):
+    """Parameters of one task -> loss of one task on data = (x, target) or (x, target, weight)."""
+    x, *target = data
+    return lambda params: resolve(loss)(_call(model, params, x), *target)
+
+
+def _call(model, params, x):
+    """The model with these parameters. BatchNorm takes x's statistics, training or not, and keeps none."""
+    running = {
+        f"{name}.{buffer}".lstrip("."): None
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _NormBase) and module.running_mean is not None
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    return functional_call(model, (params, running), (x,))
+
+
+def _tasks(model: nn.Module, params, x: Tensor, y=()):
+    """Yields (params, (x, *y)) of task 0, 1, ..; parameters [*shape] are shared by all."""
+    dims = {n: p.dim() for n, p in model.named_parameters()}
+    data = (x, y) if isinstance(y, Tensor) else (x, *(part for part in y if part is not None))
+    for t in range(len(x)):
+        own = {n: p[t] if p.dim() > dims[n] else p for n, p in params.items()}
+        yield own, tuple(part[t] for part in data)
+
+
+def _stack(tasks):
+    """[{name: [*shape]} of every task] -> {name: [T, *shape]}."""
+    return {n: torch.stack([task[n] for task in tasks]) for n in tasks[0]}
