@@ -1,8 +1,9 @@
 """nn.Module -> Program: a flat list of layer ops over numbered buffers.
 
-`trace` runs the model once on a tensor without data and listens to every torch function it calls
-(torch.overrides.TorchFunctionMode). So whatever Python decides while it runs (loops over hyperparameters, checks of
-x.shape, len(x)) is simply followed, nothing of torch is patched, and a trace costs about as much as running the model.
+`trace` runs the model on a tensor without data and listens to every torch function it calls, by
+torch.overrides.TorchFunctionMode. So whatever Python decides on the way (loops over hyperparameters, checks
+of x.shape, len(x)) is simply followed, nothing of torch is patched, and a trace costs about as much as a call
+of the model. torch.fx would have to record Python itself, and cannot follow a branch.
 """
 
 import types
@@ -24,13 +25,13 @@ __all__ = ["Op", "Program", "Unsupported", "trace"]
 
 Shape = tuple[int, ...]
 
-# numbers of examples to trace with: a prime that no layer's size is, and one, where code is most likely to branch
+# numbers of examples to trace with: a prime that is no layer's size, and 1, where code is likeliest to branch
 _BATCHES = (999_983, 1)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One layer op. `name` finds its file in fastmaml/ops/, which says what inputs, params and attrs it has."""
+    """One layer op. `name` finds its file in fastmaml/ops/, which says what it computes from what."""
 
     name: str
     inputs: tuple[int, ...]
@@ -55,8 +56,8 @@ class Program:
 def trace(model: nn.Module, example_shape: Sequence[int]) -> Program:
     """The Program of `model` on an input [N, *example_shape].
 
-    Raises Unsupported, naming the module and the reason, for a model that has none; ValueError for one that cannot
-    take such an input. The model is left as it was; its forward runs as under its present training flags.
+    Raises Unsupported, naming the module and the reason, for a model that has none; ValueError for one that
+    cannot take such an input. Runs forward under the model's present training flags, changing nothing in it.
     """
     shape = tuple(int(n) for n in example_shape)
     names = {id(m): path for path, m in model.named_modules()}
@@ -92,7 +93,7 @@ class _Value:
 
 
 class _Tape(TorchFunctionMode):
-    """Records the ops of one call of the model on N examples; `fastmaml.ops.Tape` says what the ops ask of it."""
+    """Records the ops of one call of the model on N examples; `ops.Tape` says what the ops ask of it."""
 
     def __init__(self, model: nn.Module, names: dict[int, str], N: int) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class _Tape(TorchFunctionMode):
 
     def _answer(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # the tensors of the trace have no data and no device: they answer as tensors of the model's would
-        if isinstance(args[0], Tensor) and id(args[0]) in self.values and func in _OF_THE_MODEL:
+        if func in _OF_THE_MODEL and args and id(args[0]) in self.values:
             return func(self.like)
         return func(*args, **kwargs)
 
@@ -215,9 +216,7 @@ class _Tape(TorchFunctionMode):
     def _param(self, p: Tensor) -> str:
         name = self.params.get(id(p))
         if name is None:
-            raise Unsupported(
-                "", f"a weight of shape {list(p.shape)} is not a parameter of the model (but computed)"
-            )
+            raise Unsupported("", f"a weight of shape {list(p.shape)} is not one of model.named_parameters()")
         return name
 
     def _where(self, error: BaseException | None = None) -> tuple[str, str]:
@@ -246,7 +245,7 @@ _TRACE = _Tape.trace.__code__
 
 
 def _tidy(program: Program) -> Program:
-    """Drops ops that nothing reads, lets x arrive flat where it is only ever flattened, and numbers buffers in order."""
+    """Drops ops that nothing reads, takes x flat if it is only ever flattened, numbers buffers in order."""
     live, kept = {program.output}, []
     for op in reversed(program.ops):
         if op.output in live:
@@ -297,8 +296,8 @@ _QUESTIONS = (
 )
 # BatchNorm counts its calls, and with momentum=None divides by the count; neither matters here
 _COUNTING: dict[Any, Callable[[Tensor], Any]] = {
-    Tensor.add_: lambda count: count,
-    Tensor.__float__: lambda count: 1.0,
+    Tensor.add_: lambda n: n,
+    Tensor.__float__: lambda n: 1.0,
 }
 _HINTS = {
     "matmul": "; write x @ w.T + b as F.linear(x, w, b)",

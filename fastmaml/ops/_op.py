@@ -1,6 +1,5 @@
 """What a layer op is: its roles, its shape rule, and the torch functions that it stands for."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -8,6 +7,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 Shape = tuple[int, ...]
+Shapes = Sequence[Shape]
+ParamShapes = Sequence[Shape | None]
+Attrs = Mapping[str, float]
 
 
 class Unsupported(Exception):
@@ -27,14 +29,14 @@ class Unsupported(Exception):
 
 
 class Tape(Protocol):
-    """What a tracer offers to the functions of `LayerOp.records`; the tensors stand for values of the model."""
+    """What a tracer offers to the functions of `LayerOp.records`; tensors stand for values of the model."""
 
     def op(
         self,
         op: "LayerOp",
         inputs: Sequence[Any],
         params: Sequence[Tensor | None] = (),
-        attrs: Mapping[str, float] | None = None,
+        attrs: Attrs | None = None,
     ) -> Tensor: ...
 
     def replace(self, target: Tensor, value: Tensor) -> Tensor:
@@ -65,12 +67,12 @@ class LayerOp:
     name: str
     params: tuple[str, ...]
     attrs: tuple[str, ...]
-    output_shape: Callable[[Sequence[Shape], Sequence[Shape | None], Mapping[str, float]], Shape]
+    output_shape: Callable[[Shapes, ParamShapes, Attrs], Shape]
     records: Mapping[Any, Callable[..., Tensor]] = field(repr=False)
 
 
 def activation(
-    name: str, functions: Sequence[Any], inplace: Sequence[Any] = (), attrs: Mapping[str, float] | None = None
+    name: str, functions: Sequence[Any], inplace: Sequence[Any] = (), attrs: Attrs | None = None
 ) -> LayerOp:
     """The LayerOp of an elementwise function with constants `attrs` (name -> torch's default).
 
@@ -78,39 +80,28 @@ def activation(
     """
     defaults = dict(attrs or {})
 
-    def out_of_place(
-        tape: Tape, input: Tensor, *values: float, inplace: bool = False, **named: float
-    ) -> Tensor:
-        # torch's own order is (input, *attrs, inplace), so one value too many is the flag
-        if len(values) == len(defaults) + 1:
-            inplace, values = bool(values[-1]), values[:-1]
-        given = dict(zip(defaults, values, strict=False)) | named
-        if len(values) > len(defaults) or not given.keys() <= defaults.keys():
-            raise Unsupported("", f"{name} with arguments {sorted(named)} has no layer op")
-        y = tape.op(op, (input,), attrs={key: float(x) for key, x in (defaults | given).items()})
+    def out_of_place(tape: Tape, input: Tensor, *values: Any, **named: Any) -> Tensor:
+        # torch's own order is (input, *attrs, inplace)
+        given = dict(zip((*defaults, "inplace"), values, strict=False)) | named
+        inplace = given.pop("inplace", False)
+        if not given.keys() <= defaults.keys():
+            raise Unsupported("", f"{name} with arguments {sorted(given)} has no layer op")
+        y = tape.op(op, (input,), attrs={key: float(value) for key, value in (defaults | given).items()})
         return tape.replace(input, y) if inplace else y
 
-    def in_place(tape: Tape, input: Tensor, *values: float, **named: float) -> Tensor:
-        return tape.replace(input, out_of_place(tape, input, *values, **named))
+    def in_place(tape: Tape, input: Tensor, *values: Any, **named: Any) -> Tensor:
+        return out_of_place(tape, input, *values, **named, inplace=True)
 
     records = dict.fromkeys(functions, out_of_place) | dict.fromkeys(inplace, in_place)
     op = LayerOp(name, (), tuple(defaults), same_shape, records)
     return op
 
 
-def same_shape(inputs: Sequence[Shape], params: Sequence[Shape | None], attrs: Mapping[str, float]) -> Shape:
+def same_shape(inputs: Shapes, params: ParamShapes, attrs: Attrs) -> Shape:
     return inputs[0]
 
 
-def check_shape(name: str, got: Shape | None, wanted: Shape, optional: bool = False) -> None:
-    """Raises ValueError "name must have shape [..], got [..]" where they differ; None passes if optional."""
-    if got is None and optional:
-        return
-    if got is None:
-        raise Unsupported("", f"{name} must be a parameter of the model")
-    if got != wanted:
+def check_shape(name: str, got: Shape | None, wanted: Shape) -> None:
+    """Raises ValueError "name must have shape [..], got [..]" where they differ; None passes."""
+    if got is not None and got != wanted:
         raise ValueError(f"{name} must have shape {list(wanted)}, got {list(got)}")
-
-
-def numel(shape: Shape) -> int:
-    return math.prod(shape)

@@ -5,24 +5,19 @@ backward: grad_a = g;  grad_b = g.  tangent: t_y = t_a + t_b;  t_grad alike
 Comes from a + b, a += b, torch.add without alpha; adding a plain 0, as sum() does, is nothing.
 """
 
-from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._op import LayerOp, Shape, Tape, Unsupported
+from ._op import Attrs, LayerOp, ParamShapes, Shape, Shapes, Tape, Unsupported
 
 
-def output_shape(
-    inputs: Sequence[Shape], params: Sequence[Shape | None], attrs: Mapping[str, float]
-) -> Shape:
+def output_shape(inputs: Shapes, params: ParamShapes, attrs: Attrs) -> Shape:
     a, b = inputs
     if a != b:
-        raise Unsupported(
-            "", f"add needs two values of one shape, these examples are {list(a)} and {list(b)}"
-        )
+        raise Unsupported("", f"add needs two values of one shape, got [N, *{list(a)}] and [N, *{list(b)}]")
     return a
 
 

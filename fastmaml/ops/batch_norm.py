@@ -7,25 +7,22 @@ backward: grad_b = sum g;  grad_w = sum g h;  q = w g;  grad_x = s (q - mean q -
 tangent:  t_h = s (t_x - mean t_x - h mean(h t_x));  t_s = -s^2 mean(h t_x);  t_y = t_w h + w t_h + t_b
           t_grad_b = sum t_g;  t_grad_w = sum (t_g h + g t_h);  t_q = t_w g + w t_g
           t_grad_x = (t_s / s) grad_x + s (t_q - mean t_q - t_h mean(q h) - h mean(t_q h + q t_h))
-Comes from nn.BatchNorm1d (any settings), and from F.batch_norm on batch statistics. Sums are over the examples.
+Sums and means are over the examples.
+Comes from nn.BatchNorm1d, whatever its settings, and F.batch_norm on batch statistics.
 """
-
-from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._op import LayerOp, Shape, Tape, Unsupported, check_shape
+from ._op import Attrs, LayerOp, ParamShapes, Shape, Shapes, Tape, Unsupported, check_shape
 
 
-def output_shape(
-    inputs: Sequence[Shape], params: Sequence[Shape | None], attrs: Mapping[str, float]
-) -> Shape:
+def output_shape(inputs: Shapes, params: ParamShapes, attrs: Attrs) -> Shape:
     (x,), (w, b) = inputs, params
     if len(x) != 1:
         raise Unsupported("", f"batch_norm is done on examples of shape [C] only, these are {list(x)}")
-    check_shape("weight", w, x, optional=True)
-    check_shape("bias", b, x, optional=True)
+    check_shape("weight", w, x)
+    check_shape("bias", b, x)
     return x
 
 

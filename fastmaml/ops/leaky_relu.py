@@ -5,11 +5,8 @@ backward: grad_x = g where x > 0, else negative_slope g.  tangent: t_y and t_gra
 Comes from nn.LeakyReLU, F.leaky_relu and their in-place forms.
 """
 
-import torch
 import torch.nn.functional as F
 
 from ._op import activation
 
-LEAKY_RELU = activation(
-    "leaky_relu", (F.leaky_relu, torch._C._nn.leaky_relu), (F.leaky_relu_,), {"negative_slope": 0.01}
-)
+LEAKY_RELU = activation("leaky_relu", (F.leaky_relu,), (F.leaky_relu_,), {"negative_slope": 0.01})

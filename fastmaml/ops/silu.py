@@ -5,9 +5,8 @@ backward: grad_x = y' g.  tangent: t_y = y' t_x;  t_grad_x = y' t_g + y'' t_x g
 Comes from nn.SiLU and F.silu, also in place.
 """
 
-import torch
 import torch.nn.functional as F
 
 from ._op import activation
 
-SILU = activation("silu", (F.silu, torch._C._nn.silu), (torch._C._nn.silu_,))
+SILU = activation("silu", (F.silu,))
