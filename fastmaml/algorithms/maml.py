@@ -1,0 +1,96 @@
+"""Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, arXiv 1703.03400)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional, losses
+
+
+class Evaluation(NamedTuple):
+    """Query loss and, for classification, accuracy of every task after each number of steps: [steps + 1, T]."""
+
+    loss: Tensor
+    accuracy: Tensor | None
+
+
+class MAML(nn.Module):
+    """A model whose parameters are learned so that `steps` SGD steps adapt it to a task.
+
+    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every: as in `fastmaml.functional`. lr may hold
+    nn.Parameters that an optimiser learns too; register them yourself.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, loss: str | losses.Loss, lr, steps: int, first_order: bool = False,
+        backend: str | None = None, chunk_tasks: int | None = None, checkpoint_every: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps must be a whole number, 0 or more, got {steps!r}")
+        losses.resolve(loss)
+        self.model, self.loss, self.lr, self.steps, self.first_order = model, loss, lr, steps, first_order
+        self.backend, self.chunk_tasks, self.checkpoint_every = backend, chunk_tasks, checkpoint_every
+
+    def extra_repr(self) -> str:
+        return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}"
+
+    def forward(self, x_support: Tensor, y_support, x_query: Tensor, y_query) -> Tensor:
+        """The meta-loss, mean over tasks: call `.backward()` on it. x [T, N, ..], y as in `fastmaml.functional`."""
+        params = dict(self.model.named_parameters())
+        return functional.meta_loss(
+            self.model, params, (x_support, y_support), (x_query, y_query), lr=self._lr(0, self.steps), steps=self.steps,
+            **self._common(), **self._memory(),
+        )  # fmt: skip
+
+    def adapt(self, x: Tensor, y, steps: int | None = None) -> dict[str, Tensor]:
+        """Fast weights {name: [T, *shape]} after `steps` steps on the tasks' support sets; differentiable."""
+        params, steps = dict(self.model.named_parameters()), self.steps if steps is None else steps
+        return functional.inner_loop(
+            self.model, params, x, y, lr=self._lr(0, steps), steps=steps, **self._common(), **self._memory()
+        )
+
+    @torch.no_grad()
+    def evaluate(
+        self, x_support: Tensor, y_support, x_query: Tensor, y_query, steps: int | None = None
+    ) -> Evaluation:
+        """Query loss and accuracy after 0, 1, .., `steps` steps. Of a list of step sizes the last one goes on."""
+        steps = self.steps if steps is None else steps
+        weights = dict(self.model.named_parameters())
+        classify = isinstance(losses.resolve(self.loss), losses.CrossEntropy)
+        found: list[Tensor] = []
+        hits: list[Tensor] = []
+        run = {"backend": self.backend, "chunk_tasks": self.chunk_tasks}
+        for k in range(steps + 1):
+            if k:
+                weights = functional.inner_loop(
+                    self.model,
+                    weights,
+                    x_support,
+                    y_support,
+                    loss=self.loss,
+                    lr=self._lr(k - 1, k),
+                    steps=1,
+                    **run,
+                )
+            found.append(functional.meta_loss(
+                self.model, weights, (x_support, y_support), (x_query, y_query), loss=self.loss, lr=0.0, steps=0,
+                reduction="none", **run,
+            ))  # fmt: skip
+            if classify:
+                target = y_query[0] if isinstance(y_query, (tuple, list)) else y_query
+                output = functional.apply(self.model, weights, x_query, **run)
+                hits.append((output.argmax(-1) == target).to(output.dtype).mean(1))
+        return Evaluation(torch.stack(found), torch.stack(hits) if classify else None)
+
+    def _lr(self, start: int, end: int):
+        if not isinstance(self.lr, (list, tuple)):
+            return self.lr
+        return [self.lr[min(k, len(self.lr) - 1)] for k in range(start, end)]
+
+    def _common(self) -> dict:
+        return {"loss": self.loss, "first_order": self.first_order, "backend": self.backend}
+
+    def _memory(self) -> dict:
+        return {"chunk_tasks": self.chunk_tasks, "checkpoint_every": self.checkpoint_every}

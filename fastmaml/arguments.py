@@ -1,0 +1,163 @@
+"""What a public function is given, checked once before any work, and put into the form that backends take."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Problem
+from .losses import MSE, CrossEntropy
+
+Target = tuple[Tensor, Tensor | None]  # target, weight
+
+
+def check_count(name: str, value: int | None, least: int) -> None:
+    if value is None and least > 0:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_x(name: str, x: Tensor) -> Tensor:  # [T, N, *example]
+    """x, contiguous."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dim() < 3 or 0 in x.shape[:2]:
+        raise ValueError(f"{name} must have shape [T, N, ...] with T, N >= 1, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    return x.contiguous()
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype is not x.dtype:
+        raise TypeError(f"{name} must have dtype {x.dtype}, as x, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, as x, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Any) -> None:
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def parameters(
+    problem: Problem, params: Mapping[str, Tensor], x: Tensor, what: str = "params"
+) -> list[Tensor]:
+    """`params` in the order of problem.names, contiguous: each [*shape], or [T, *shape]."""
+    if len(params) != len(problem.names) or any(n not in params for n in problem.names):
+        missing, extra = set(problem.names) - set(params), set(params) - set(problem.names)
+        raise ValueError(
+            f"{what} must name every parameter: missing {sorted(missing)}, unexpected {sorted(extra)}"
+        )
+    T, ordered = x.shape[0], []
+    for name, shape in zip(problem.names, problem.shapes, strict=True):
+        p = params[name]
+        if p.shape != shape and p.shape != (T, *shape):
+            each = f"{list(shape)} or {[T, *shape]}"
+            raise ValueError(f"{what}[{name!r}] must have shape {each}, got {list(p.shape)}")
+        _check_like(f"{what}[{name!r}]", p, x)
+        ordered.append(p.contiguous())
+    return ordered
+
+
+def target(problem: Problem, y: Tensor | tuple[Tensor, Tensor], x: Tensor, name: str) -> Target:
+    """(target, weight | None), contiguous, fit for the problem's loss."""
+    y, weight = y if isinstance(y, (tuple, list)) else (y, None)
+    T, N = x.shape[:2]
+    out = problem.program.buffers[problem.program.output] if problem.program else None
+    if isinstance(problem.loss, CrossEntropy):
+        check_shape(name, y, (T, N))
+        if y.dtype is not torch.int64:
+            raise TypeError(f"{name} must hold class indices of dtype torch.int64, got {y.dtype}")
+        # reading the labels would stop a graph being compiled, and a GPU
+        if out and y.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(label) for label in torch.aminmax(y))
+            if low < 0 or high >= out[-1]:
+                raise ValueError(f"{name} must hold labels from 0 to {out[-1] - 1}, got {low} to {high}")
+    elif isinstance(problem.loss, MSE):
+        if out is not None:
+            check_shape(name, y, (T, N, *out))
+        _check_like(name, y, x)
+    if y.shape[:2] != (T, N):
+        raise ValueError(f"{name} must have shape [{T}, {N}, ...], got {list(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, as x, got {y.device}")
+    if weight is not None:
+        check_shape(f"the weight of {name}", weight, (T, N))
+        _check_like(f"the weight of {name}", weight, x)
+        weight = weight.contiguous()
+    if y.requires_grad or (weight is not None and weight.requires_grad):
+        raise ValueError(
+            f"{name} and its weight have no derivative here: detach them, or use fastmaml.reference"
+        )
+    return y.contiguous(), weight
+
+
+def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:
+    """lr as [K, S] by differentiable operations: S is 1 (one number), n (one a parameter) or P (one an element).
+
+    Frozen parameters need no entry in a dict, and have 0.
+    """
+    each = list(lr) if isinstance(lr, (list, tuple)) else [lr]
+    if isinstance(lr, (list, tuple)) and len(lr) != steps:
+        raise ValueError(f"lr must be one, or a list of steps = {steps}, got a list of {len(lr)}")
+    if not any(isinstance(a, Mapping) for a in each):
+        if len(each) == 1 and not isinstance(each[0], Tensor):
+            return x.new_full((steps, 1), _number(each[0]))
+        rows = [_scalar("lr", a, x) for a in each]
+        return torch.stack(rows).view(-1, 1).expand(steps, 1) if rows else x.new_empty(0, 1)
+    rows = [_by_name(problem, a, x) for a in each]
+    if all(a.dim() == 0 for row in rows for a in row):
+        table = torch.stack([torch.stack(row) for row in rows])
+    else:
+        offsets, size = problem.layout(x.element_size())
+        ends = (*offsets[1:], size)
+        pieces = []
+        for row in rows:
+            for a, shape, start, end in zip(row, problem.shapes, offsets, ends, strict=True):
+                flat = a.expand(shape).reshape(-1)
+                pieces.append(torch.cat([flat, flat.new_zeros(end - start - flat.numel())]))
+        table = torch.cat(pieces).view(len(rows), size)
+    return table.expand(steps, -1).contiguous()
+
+
+def _by_name(problem: Problem, lr: Any, x: Tensor) -> list[Tensor]:
+    """One step's lr: a tensor per parameter, 0-d or broadcastable to it."""
+    if not isinstance(lr, Mapping):
+        return [_scalar("lr", lr, x)] * len(problem.names)
+    wanted = {n for n, adapt in zip(problem.names, problem.adapt, strict=True) if adapt}
+    if not wanted <= lr.keys() <= set(problem.names):
+        missing, extra = wanted - lr.keys(), lr.keys() - set(problem.names)
+        raise ValueError(
+            f"lr must name every parameter: missing {sorted(missing)}, unexpected {sorted(extra)}"
+        )
+    row = []
+    for name, shape in zip(problem.names, problem.shapes, strict=True):
+        a = lr[name] if name in wanted else 0.0
+        if isinstance(a, Tensor) and a.dim() > 0:
+            _check_like(f"lr[{name!r}]", a, x)
+            if a.dim() > len(shape) or any(s not in (1, full) for s, full in zip(a.shape[::-1], shape[::-1])):
+                raise ValueError(f"lr[{name!r}] must broadcast to {list(shape)}, got {list(a.shape)}")
+            row.append(a)
+        else:
+            row.append(_scalar(f"lr[{name!r}]", a, x))
+    return row
+
+
+def _scalar(name: str, a: Any, x: Tensor) -> Tensor:
+    if not isinstance(a, Tensor):
+        return x.new_full((), _number(a))
+    check_shape(name, a, ())
+    return a.to(x)
+
+
+def _number(a: Any) -> float:
+    if isinstance(a, (int, float)) and not isinstance(a, bool):
+        return float(a)
+    raise TypeError(
+        f"lr must be a number, a tensor, a dict of them, or a list of such, got {type(a).__name__}"
+    )

@@ -1,0 +1,164 @@
+"""Which backend runs what. A backend is a module with equal signatures: see `cpu.py`."""
+
+import math
+import os
+import warnings
+import weakref
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from torch import device as Device
+from torch import dtype as DType
+from torch import nn
+
+from ..losses import Loss, resolve
+from ..program import Program, Unsupported, trace
+from . import cpu, torch  # torch is the backend here, which hides the library
+
+# in order of preference
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": torch}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model, an example's shape and a loss: all that a backend must know besides the tensors."""
+
+    model_ref: "weakref.ref[nn.Module]"
+    program: Program | None
+    why_no_program: str | None
+    loss: Loss | None
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    adapt: tuple[bool, ...]  # False: frozen, the inner loop leaves it
+    memo: dict[Any, Any] = field(default_factory=dict)  # what backends derive from the rest
+
+    @property
+    def model(self) -> nn.Module:
+        model = self.model_ref()
+        assert model is not None
+        return model
+
+    def layout(self, itemsize: int) -> tuple[tuple[int, ...], int]:
+        """Each parameter's offset in the flat parameter vector, and its length P: slices start at multiples of 64 bytes."""
+        if ("layout", itemsize) not in self.memo:
+            unit, at, offsets = 64 // itemsize, 0, []
+            for shape in self.shapes:
+                offsets.append(at)
+                at += -(-math.prod(shape) // unit) * unit
+            self.memo["layout", itemsize] = tuple(offsets), at
+        return self.memo["layout", itemsize]
+
+    def strides(self, itemsize: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """(shape, stride, offset) of each parameter in the flat parameter vector."""
+        if ("strides", itemsize) not in self.memo:
+            offsets, _ = self.layout(itemsize)
+            strides = [tuple(math.prod(s[i + 1 :]) for i in range(len(s))) for s in self.shapes]
+            self.memo["strides", itemsize] = list(zip(self.shapes, strides, offsets, strict=True))
+        return self.memo["strides", itemsize]
+
+
+_problems: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
+
+
+def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | None) -> Problem:
+    """The Problem, made once and again whenever the modules, their mode or what is frozen change.
+
+    A hyperparameter written into a layer afterwards (`layer.eps = ..`) goes unnoticed.
+    """
+    state = _state(model)
+    known = _problems.setdefault(model, {})
+    key = (tuple(example_shape), loss)
+    if key in known and known[key][0] == state:
+        return known[key][1]
+    parameters = dict(model.named_parameters())
+    program, why = None, None
+    try:
+        program = trace(model, example_shape)
+    except Unsupported as error:
+        why = str(error)
+    shapes = tuple(tuple(p.shape) for p in parameters.values())
+    adapt = tuple(p.requires_grad for p in parameters.values())
+    problem = Problem(weakref.ref(model), program, why, loss, tuple(parameters), shapes, adapt)
+    if len(known) >= 64:  # a fresh lambda for every call must not fill the memory
+        known.clear()
+    known[key] = state, problem
+    return problem
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What a changed model changes; every call asks, so it walks the modules without nn.Module's generators."""
+    state: list[Any] = []
+    modules: list[Any] = [model]
+    for m in modules:
+        if m is None:
+            continue
+        state += (id(m), type(m), m.training)
+        for name, p in m._parameters.items():
+            if p is not None:
+                state += (name, id(p), p.requires_grad, p.shape)
+        modules += m._modules.values()
+    return state
+
+
+def prepare(
+    model: nn.Module,
+    example_shape: tuple[int, ...],
+    loss: Any,
+    device: Device,
+    dtype: DType,
+    name: str | None,
+) -> tuple[Problem, str]:
+    """The Problem and the name of the backend that runs it. `loss` may be a name, a Loss, or None."""
+    problem = problem_for(model, example_shape, None if loss is None else resolve(loss))
+    chosen = choose(problem, device, dtype, name)
+    return problem, next(n for n, backend in BACKENDS.items() if backend is chosen)
+
+
+# what torch.compiler.assume_constant_result does, which would import the compiler: a second
+prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+_warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def choose(problem: Problem, device: Device, dtype: DType, name: str | None = None) -> ModuleType:
+    """The backend of that name (or of FASTMAML_BACKEND), else the first that can.
+
+    Raises ValueError for an unknown name, RuntimeError with the reason when the named one cannot run this.
+    """
+    name = name or os.environ.get("FASTMAML_BACKEND") or None
+    if (name, device, dtype) in problem.memo:
+        return problem.memo[name, device, dtype]
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
+        if why := BACKENDS[name].supports(problem, device, dtype):
+            raise RuntimeError(f"backend {name!r} cannot run this: {why}")
+        chosen = BACKENDS[name]
+    else:
+        reasons = {n: b.supports(problem, device, dtype) for n, b in BACKENDS.items()}
+        first = next(n for n, why in reasons.items() if why is None)
+        chosen = BACKENDS[first]
+        if first == "torch" and problem.model not in _warned:
+            _warned.add(problem.model)
+            why = "; ".join(f"{n}: {why}" for n, why in reasons.items() if why)
+            warnings.warn(f"fastmaml falls back to its torch backend ({why})", stacklevel=4)
+    problem.memo[name, device, dtype] = chosen
+    return chosen
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    name: str
+    available: bool
+    note: str  # why it is absent, or what it runs on
+
+
+def backends() -> list[BackendInfo]:
+    """Every backend, in order of preference, and whether this installation has it."""
+    why = cpu.available()
+    return [
+        BackendInfo("cpu", why is None, why or f"C++ kernels, {cpu.isa()}"),
+        BackendInfo("torch", True, "torch.func, any module and loss, any device"),
+    ]

@@ -1,0 +1,203 @@
+"""The `torch` backend: any module, any loss, any device.
+
+The recursion of the kernels, in torch.func: H u is the jvp of the gradient, vmapped over tasks, so nothing is
+differentiated twice by reverse mode and memory is O(K * weights), not O(K * activations).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, jvp, vjp, vmap
+
+from ..reference import _call
+
+if TYPE_CHECKING:
+    from . import Problem
+
+Weights = list[Tensor]  # [T, *shape] per parameter
+
+
+def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or the reason why this backend cannot run the problem."""
+    return None if dtype.is_floating_point else f"it takes floating point, not {dtype}"
+
+
+def _output(problem, w, x):
+    return _call(problem.model, dict(zip(problem.names, w, strict=True)), x)
+
+
+def _loss(problem):
+    """(weights, x, target, weight | None) of one task -> its loss"""
+
+    def loss(w, x, target, weight):
+        out = _output(problem, w, x)
+        return problem.loss(out, target) if weight is None else problem.loss(out, target, weight)
+
+    return loss
+
+
+def _map(f, *args):
+    dims = tuple(None if a is None else 0 for a in args)
+    return vmap(f, in_dims=dims, randomness="different")(*args)
+
+
+def _own(problem, params, T) -> Weights:
+    """[T, *shape] each; of its own memory, since jvp refuses primals whose elements share any."""
+    own = [p if p.dim() > len(s) else p.expand(T, *s) for p, s in zip(params, problem.shapes, strict=True)]
+    return [p.detach().contiguous() for p in own]
+
+
+def flatten(problem, w: Weights) -> Tensor:
+    """[*lead, *shape] per parameter -> [*lead, P]"""
+    offsets, size = problem.layout(w[0].element_size())
+    lead = w[0].shape[: w[0].dim() - len(problem.shapes[0])]
+    flat = w[0].new_zeros(*lead, size)
+    for a, s, at in zip(w, problem.shapes, offsets, strict=True):
+        flat[..., at : at + _numel(s)] = a.reshape(*lead, -1)
+    return flat
+
+
+def unflatten(problem, flat: Tensor) -> Weights:
+    """[*lead, P] -> [*lead, *shape] per parameter"""
+    offsets, _ = problem.layout(flat.element_size())
+    lead = flat.shape[:-1]
+    pairs = zip(problem.shapes, offsets, strict=True)
+    return [flat[..., at : at + _numel(s)].reshape(*lead, *s) for s, at in pairs]
+
+
+def _numel(shape) -> int:
+    return torch.Size(shape).numel()
+
+
+def _reduce(problem, params, flat: Tensor, per_task: bool) -> Tensor:
+    """[T, P] -> summed over tasks [1, P], unless some parameter belongs to a task."""
+    own = any(p.dim() > len(s) for p, s in zip(params, problem.shapes, strict=True))
+    return flat if per_task or own else flat.sum(0, keepdim=True)
+
+
+def apply(problem, params, x):
+    return _map(lambda w, x: _output(problem, w, x), _own(problem, params, len(x)), x)
+
+
+def apply_backward(problem, params, x, grad_out, *, needs):
+    def pull(w, x, d):
+        return vjp(lambda w, x: _output(problem, w, x), w, x)[1](d)
+
+    g, g_x = _map(pull, _own(problem, params, len(x)), x, grad_out)
+    return _reduce(problem, params, flatten(problem, g), False), g_x if "x" in needs else None
+
+
+def value_and_grad(problem, params, x, y):
+    g, loss = _map(grad_and_value(_loss(problem)), _own(problem, params, len(x)), x, *y)
+    return loss, flatten(problem, g)
+
+
+def _curvature(problem, w, u, x, y, with_x):
+    """H u, and d<g, u>/dx if asked, per task."""
+    gradient = grad(_loss(problem), argnums=(0, 1) if with_x else (0,))
+
+    def product(w, u, x, target, weight):
+        return jvp(lambda w: gradient(w, x, target, weight), (w,), (u,))[1]
+
+    h, *h_x = _map(product, w, u, x, *y)
+    return h, h_x[0] if h_x else None
+
+
+def value_and_grad_backward(problem, params, x, y, grad_loss, v, *, needs, per_task=False):
+    w = _own(problem, params, len(x))
+    h, h_x = _curvature(problem, w, unflatten(problem, v), x, y, "x" in needs)
+    flat = flatten(problem, h)
+    if grad_loss is not None:
+        (g, g_x) = _map(grad(_loss(problem), argnums=(0, 1)), w, x, *y)
+        flat = flat + grad_loss[:, None] * flatten(problem, g)
+        if h_x is not None:
+            h_x = h_x + grad_loss.view(-1, *[1] * (x.dim() - 1)) * g_x
+    return _reduce(problem, params, flat, per_task), h_x
+
+
+def _step_sizes(problem, lr_k: Tensor) -> list[Tensor | float]:
+    """[S] of one step -> one factor per parameter, 0 for what is frozen"""
+    n = len(problem.names)
+    each = [lr_k[0]] * n if len(lr_k) == 1 else list(lr_k) if len(lr_k) == n else unflatten(problem, lr_k)
+    return [a if adapt else 0.0 for a, adapt in zip(each, problem.adapt, strict=True)]
+
+
+def _step(problem, w: Weights, lr_k: Tensor, x, y) -> Weights:
+    g = _map(grad(_loss(problem)), w, x, *y)
+    sizes = _step_sizes(problem, lr_k)
+    return [p if not a else p - s * d for p, s, d, a in zip(w, sizes, g, problem.adapt, strict=True)]
+
+
+def inner_loop(problem, params, lr, x, y, *, steps):
+    w = _own(problem, params, len(x))
+    for k in range(steps):
+        w = _step(problem, w, lr[k], x, y)
+    return flatten(problem, w)
+
+
+def _trajectory(problem, params, lr, x, y, steps, every) -> tuple[dict[int, Weights], Weights]:
+    """W_k at every `every`-th k, and W_K"""
+    w = _own(problem, params, len(x))
+    stored = {}
+    for k in range(steps):
+        if k % every == 0:
+            stored[k] = w
+        w = _step(problem, w, lr[k], x, y)
+    return stored, w
+
+
+def _adjoint(problem, stored, v, lr, x, y, steps, first_order, every, per_task, needs):
+    """v_k = v_{k+1} - H_k (a_k v_{k+1}) down to v_0; also dL/da [T or 1, K, S] and dL/dx."""
+    n, S = len(problem.names), lr.shape[1] if steps else 1
+    g_lr, g_x = [], torch.zeros_like(x) if "x" in needs else None
+    for start in reversed(range(0, steps, every)):
+        end = min(start + every, steps)
+        segment = [stored.pop(start)]
+        for k in range(start, end - 1):
+            segment.append(_step(problem, segment[-1], lr[k], x, y))
+        for k in reversed(range(start, end)):
+            w = segment.pop()
+            if "lr" in needs:
+                g = _map(grad(_loss(problem)), w, x, *y)
+                each = [
+                    -(a * b) if ok else torch.zeros_like(a)
+                    for a, b, ok in zip(v, g, problem.adapt, strict=True)
+                ]
+                if S not in (1, n):
+                    row = flatten(problem, each)
+                else:
+                    row = torch.stack([e.flatten(1).sum(1) for e in each], 1)
+                    row = row.sum(1, keepdim=True) if S == 1 else row
+                g_lr.append(row if per_task else row.sum(0, keepdim=True))
+            if not first_order:
+                u = [s * a for s, a in zip(_step_sizes(problem, lr[k]), v, strict=True)]
+                h, h_x = _curvature(problem, w, u, x, y, "x" in needs)
+                v = [a - b for a, b in zip(v, h, strict=True)]
+                g_x = g_x - h_x if h_x is not None else g_x
+    return v, torch.stack(g_lr[::-1], 1) if g_lr else None, g_x
+
+
+def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs):
+    every = checkpoint_every or max(steps, 1)
+    stored, _ = _trajectory(problem, params, lr, x, y, steps, every)
+    v, g_lr, g_x = _adjoint(
+        problem, stored, unflatten(problem, v), lr, x, y, steps, first_order, every, False, needs
+    )
+    return _reduce(problem, params, flatten(problem, v), False), g_lr, g_x
+
+
+def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, needs):
+    (x, y), (x_q, y_q) = support, query
+    every = checkpoint_every or max(steps, 1)
+    back = needs & {"params", "lr", "x_s"}
+    if not back and "x_q" not in needs:
+        w = unflatten(problem, inner_loop(problem, params, lr, x, y, steps=steps))
+        return _map(_loss(problem), w, x_q, *y_q), None, None, None, None
+    stored, w = _trajectory(problem, params, lr, x, y, steps, every)
+    argnums = (0, 1) if "x_q" in needs else (0,)
+    (v, *g_xq), loss = _map(grad_and_value(_loss(problem), argnums=argnums), w, x_q, *y_q)
+    inner = {"x" if n == "x_s" else n for n in needs}
+    v, g_lr, g_x = _adjoint(problem, stored, v, lr, x, y, steps, first_order, every, per_task, inner)
+    grads = _reduce(problem, params, flatten(problem, v), per_task)
+    return loss, grads, g_lr, g_x, g_xq[0] if g_xq else None

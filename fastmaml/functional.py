@@ -1,0 +1,342 @@
+"""The public functions: fast weights, their losses and meta-gradients, all tasks at once on a backend.
+
+    params   dict name -> tensor, as from dict(model.named_parameters()); [*shape] shared, or [T, *shape] one per task
+    x, y     [T, N, ...]: T tasks, N examples each; y may be (target, weight) with a weight [T, N] per example
+    loss     "mse", "cross_entropy", an object of fastmaml.losses, or a callable (output, target) -> scalar of one task
+    lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list of `steps` such
+
+Differentiable once by ordinary autograd with respect to params, lr and x. `fastmaml.reference` has the same functions
+in a form to read, differentiable any number of times; DESIGN's formulas are in fastmaml/backends.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .arguments import check_count, check_shape, check_x, parameters, step_sizes, target
+from .backends import BACKENDS, Problem, prepare
+
+Params = Mapping[str, Tensor]
+
+
+def apply(
+    model: nn.Module,
+    params: Params,
+    x: Tensor,  # [T, N, *example]
+    *,
+    backend: str | None = None,
+    chunk_tasks: int | None = None,
+) -> Tensor:
+    """The model's output [T, N, *out], task t with its own parameters."""
+    problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks)
+    return _Apply.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *ws)
+
+
+def value_and_grad(
+    model, params, x, y, *, loss, backend=None, chunk_tasks=None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every task's loss [T] and its gradient {name: [T, *shape]}; the derivative of the latter is the HVP."""
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
+    y = target(problem, y, x, "y")
+    value, *grads = _ValueAndGrad.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *y, *ws)
+    return value, dict(zip(problem.names, grads, strict=True))
+
+
+def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None) -> dict[str, Tensor]:
+    """The Hessian of every task's loss times v {name: [*shape] or [T, *shape]}: {name: [T, *shape]}."""
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
+    y = target(problem, y, x, "y")
+    vs = parameters(problem, v, x, "v")
+    needs = _needs(params=[*ws, *vs], x=x)
+
+    def run(ws, x, t, w, v):
+        return BACKENDS[name].value_and_grad_backward(
+            problem, ws, x, (t, w), None, v, needs=frozenset({"params"}), per_task=True
+        )
+
+    with torch.no_grad():
+        v = _flat(problem, vs, x)
+        product, _ = _over_tasks(problem, chunk_tasks, run, ws, (x, *y, v), (False, False))
+        products = _views(problem, product, x.shape[0])
+    return dict(zip(problem.names, _once(products) if needs else products, strict=True))
+
+
+def inner_loop(
+    model, params, x, y, *, loss, lr, steps, first_order=False,
+    backend=None, chunk_tasks=None, checkpoint_every=None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Fast weights {name: [T, *shape]}: W_{k+1} = W_k - lr_k g_k, `steps` times.
+
+    checkpoint_every: store every n-th W_k for the backward pass and compute the others again
+    """
+    check_count("steps", steps, 0)
+    check_count("checkpoint_every", checkpoint_every, 1)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
+    y = target(problem, y, x, "y")
+    rates = step_sizes(problem, lr, steps, x)
+    how = problem, name, chunk_tasks, _needs(params=ws, lr=rates, x=x), steps, first_order, checkpoint_every
+    return dict(zip(problem.names, _InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
+
+
+def meta_loss(
+    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
+    backend=None, chunk_tasks=None, checkpoint_every=None,
+) -> Tensor:  # fmt: skip
+    """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none".
+
+    The gradients are computed along with it, in memory that does not grow with the activations of the steps.
+    """
+    check_count("steps", steps, 0)
+    check_count("checkpoint_every", checkpoint_every, 1)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    (x_s, y_s), (x_q, y_q) = support, query
+    problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
+    x_q = check_x("query x", x_q)
+    check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
+    if x_q.dtype is not x_s.dtype or x_q.device != x_s.device:
+        raise TypeError(
+            f"query x must be {x_s.dtype} on {x_s.device}, as support x, got {x_q.dtype} on {x_q.device}"
+        )
+    _check_norms(problem, x_q)
+    y_s, y_q = target(problem, y_s, x_s, "support y"), target(problem, y_q, x_q, "query y")
+    rates = step_sizes(problem, lr, steps, x_s)
+    needs = _needs(params=ws, lr=rates, x_s=x_s, x_q=x_q)
+    how = problem, name, chunk_tasks, needs, steps, first_order, checkpoint_every, reduction
+    return _MetaLoss.apply(how, rates, x_s, *y_s, x_q, *y_q, *ws)
+
+
+def _enter(
+    model: nn.Module,
+    params: Params,
+    x: Tensor,
+    loss: Any,
+    backend: str | None,
+    chunk: int | None,
+    name: str = "x",
+) -> tuple[Problem, str, Tensor, list[Tensor]]:
+    """Problem, backend, and the checked x and parameters in order."""
+    x = check_x(name, x)
+    check_count("chunk_tasks", chunk, 1)
+    problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend)
+    _check_norms(problem, x)
+    return problem, runs, x, parameters(problem, params, x)
+
+
+def _check_norms(problem: Problem, x: Tensor) -> None:
+    if x.shape[1] == 1 and problem.program and any(op.name == "batch_norm" for op in problem.program.ops):
+        raise ValueError("BatchNorm needs more than 1 value per channel: give every task at least 2 examples")
+
+
+def _needs(**inputs: Tensor | Sequence[Tensor]) -> frozenset[str]:
+    """The inputs that want a gradient."""
+    if not torch.is_grad_enabled():
+        return frozenset()
+    return frozenset([n for n, a in inputs.items() if _wants(a)])
+
+
+def _wants(a: Tensor | Sequence[Tensor]) -> bool:
+    return a.requires_grad if isinstance(a, Tensor) else any([p.requires_grad for p in a])
+
+
+class _Apply(Function):
+    @staticmethod
+    def forward(ctx, how, x, *ws):
+        problem, name, chunk, _ = ctx.how = how
+        ctx.save_for_backward(x, *ws)
+        run = lambda ws, x: (BACKENDS[name].apply(problem, ws, x),)  # noqa: E731
+        return _over_tasks(problem, chunk, run, ws, (x,), (False,))[0]
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        problem, name, chunk, needs = ctx.how
+        x, *ws = ctx.saved_tensors
+
+        def run(ws, x, d):
+            return BACKENDS[name].apply_backward(problem, ws, x, d, needs=needs)
+
+        summed = (not _any_own(problem, ws), False)
+        with torch.no_grad():
+            grads, grad_x = _over_tasks(problem, chunk, run, ws, (x, grad_out.contiguous()), summed)
+            out = grad_x, *_parameter_grads(problem, grads, ws)
+        return None, *_once(out)
+
+
+class _ValueAndGrad(Function):
+    @staticmethod
+    def forward(ctx, how, x, t, w, *ws):
+        problem, name, chunk, _ = ctx.how = how
+        ctx.save_for_backward(x, t, w, *ws)
+        ctx.set_materialize_grads(False)
+        run = lambda ws, x, t, w: BACKENDS[name].value_and_grad(problem, ws, x, (t, w))  # noqa: E731
+        value, grads = _over_tasks(problem, chunk, run, ws, (x, t, w), (False, False))
+        return value, *_views(problem, grads, x.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad_value, *vs):
+        problem, name, chunk, needs = ctx.how
+        x, t, w, *ws = ctx.saved_tensors
+
+        def run(ws, x, t, w, d, v):
+            return BACKENDS[name].value_and_grad_backward(problem, ws, x, (t, w), d, v, needs=needs)
+
+        summed = (not _any_own(problem, ws), False)
+        with torch.no_grad():
+            v = _flat(problem, vs, x)
+            d = None if grad_value is None else grad_value.contiguous()
+            grads, grad_x = _over_tasks(problem, chunk, run, ws, (x, t, w, d, v), summed)
+            out = grad_x, None, None, *_parameter_grads(problem, grads, ws)
+        return None, *_once(out)
+
+
+class _InnerLoop(Function):
+    @staticmethod
+    def forward(ctx, how, lr, x, t, w, *ws):
+        problem, name, chunk, _, steps, *_ = ctx.how = how
+        ctx.save_for_backward(lr, x, t, w, *ws)
+        ctx.set_materialize_grads(False)
+        run = lambda ws, x, t, w: (BACKENDS[name].inner_loop(problem, ws, lr, x, (t, w), steps=steps),)  # noqa: E731
+        (fast,) = _over_tasks(problem, chunk, run, ws, (x, t, w), (False,))
+        return tuple(_views(problem, fast, x.shape[0]))
+
+    @staticmethod
+    def backward(ctx, *vs):
+        problem, name, chunk, needs, steps, first_order, every = ctx.how
+        lr, x, t, w, *ws = ctx.saved_tensors
+
+        def run(ws, x, t, w, v):
+            return BACKENDS[name].inner_loop_backward(
+                problem, ws, lr, x, (t, w), v,
+                steps=steps, first_order=first_order, checkpoint_every=every, needs=needs,
+            )  # fmt: skip
+
+        summed = (not _any_own(problem, ws), True, False)
+        with torch.no_grad():
+            v = _flat(problem, vs, x)
+            grads, grad_lr, grad_x = _over_tasks(problem, chunk, run, ws, (x, t, w, v), summed)
+            grad_lr = None if grad_lr is None else grad_lr[0]
+            out = grad_lr, grad_x, None, None, *_parameter_grads(problem, grads, ws)
+        return None, *_once(out)
+
+
+class _MetaLoss(Function):
+    @staticmethod
+    def forward(ctx, how, lr, x_s, t_s, w_s, x_q, t_q, w_q, *ws):
+        problem, name, chunk, needs, steps, first_order, every, reduction = ctx.how = how
+        per_task = reduction == "none"
+
+        def run(ws, x_s, t_s, w_s, x_q, t_q, w_q):
+            return BACKENDS[name].meta_loss(
+                problem, ws, lr, (x_s, (t_s, w_s)), (x_q, (t_q, w_q)),
+                steps=steps, first_order=first_order, checkpoint_every=every, per_task=per_task, needs=needs,
+            )  # fmt: skip
+
+        own = [p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)]
+        summed = (False, not per_task and not any(own), not per_task, False, False)
+        value, *grads = _over_tasks(problem, chunk, run, ws, (x_s, t_s, w_s, x_q, t_q, w_q), summed)
+        # the gradients are all that backward reads: nothing else stays in memory
+        ctx.save_for_backward(*grads)
+        ctx.own, ctx.T = own, x_s.shape[0]
+        return value if per_task else value.mean() if reduction == "mean" else value.sum()
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        problem, reduction = ctx.how[0], ctx.how[-1]
+        grads, grad_lr, grad_s, grad_q = ctx.saved_tensors
+        with torch.no_grad():
+            scale = grad_out / ctx.T if reduction == "mean" else grad_out
+            grads, grad_lr, grad_s, grad_q = (_scaled(g, scale) for g in (grads, grad_lr, grad_s, grad_q))
+            if grad_lr is not None:
+                grad_lr = grad_lr[0] if grad_lr.shape[0] == 1 else grad_lr.sum(0)
+            params = _parameter_grads(problem, grads, ctx.own)
+            out = grad_lr, grad_s, None, None, grad_q, None, None, *params
+        return None, *_once(out)
+
+
+def _scaled(g: Tensor | None, scale: Tensor) -> Tensor | None:
+    if g is None:
+        return None
+    return g * (scale.view(-1, *[1] * (g.dim() - 1)) if scale.dim() else scale)
+
+
+def _over_tasks(
+    problem: Problem,
+    chunk: int | None,
+    run: Callable[..., Sequence[Tensor | None]],
+    ws: Sequence[Tensor],
+    data: Sequence[Tensor | None],  # [T, ..] each
+    summed: Sequence[bool],
+) -> Sequence[Any]:
+    """run(ws, *data) on `chunk` tasks at a time. Its results are joined along tasks, or added up where `summed`."""
+    assert data[0] is not None
+    T = data[0].shape[0]
+    if chunk is None or chunk >= T:
+        return run(list(ws), *data)
+    parts = []
+    for start in range(0, T, chunk):
+        some = slice(start, start + chunk)
+        own = [p[some] if p.dim() > len(s) else p for p, s in zip(ws, problem.shapes, strict=True)]
+        parts.append(run(own, *[None if a is None else a[some] for a in data]))
+    return [
+        None if part[0] is None else reduce(operator.add, part) if add else torch.cat(part)
+        for part, add in zip(zip(*parts, strict=True), summed, strict=True)
+    ]
+
+
+def _any_own(problem: Problem, ws: Sequence[Tensor]) -> bool:
+    return any([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
+
+
+def _views(problem: Problem, flat: Tensor, T: int) -> list[Tensor]:
+    """[T, P] -> [T, *shape] per parameter, without copies."""
+    P = flat.shape[1]
+    where = problem.strides(flat.element_size())
+    return [flat.as_strided((T, *shape), (P, *stride), at) for shape, stride, at in where]
+
+
+def _flat(problem: Problem, vs: Sequence[Tensor | None], x: Tensor) -> Tensor:
+    """[T, *shape] or [*shape] or None (zero) per parameter -> [T, P]"""
+    flat = x.new_zeros(x.shape[0], problem.layout(x.element_size())[1])
+    for view, v in zip(_views(problem, flat, x.shape[0]), vs, strict=True):
+        if v is not None:
+            view.copy_(v)
+    return flat
+
+
+def _parameter_grads(problem: Problem, flat: Tensor | None, ws: Sequence[Any]) -> list[Tensor | None]:
+    """[1 or T, P] -> the gradient of each parameter: [T, *shape] where it has one per task, else summed over tasks.
+
+    ws: the parameters, or of each whether it has one per task
+    """
+    if flat is None:
+        return [None] * len(ws)
+    own = [w if isinstance(w, bool) else w.dim() > len(s) for w, s in zip(ws, problem.shapes, strict=True)]
+    if flat.shape[0] == 1 and not any(own):
+        where = problem.strides(flat.element_size())
+        return [flat.as_strided(shape, stride, at) for shape, stride, at in where]
+    views = _views(problem, flat, flat.shape[0])
+    return [v if mine else v.sum(0) for v, mine in zip(views, own, strict=True)]
+
+
+def _once(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The tensors, which under create_graph=True say what to do when they are differentiated again."""
+    if not torch.is_grad_enabled():
+        return tensors
+    return _NoDerivative.apply(torch.zeros((), requires_grad=True), *tensors)
+
+
+class _NoDerivative(Function):
+    @staticmethod
+    def forward(ctx, anchor, *tensors):
+        return tuple(None if a is None else a.clone() for a in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "fastmaml.functional has no derivative of this order; fastmaml.reference is differentiable any number of times"
+        )
