@@ -23,10 +23,10 @@ def fastmaml(*arguments: str, check: bool = True) -> subprocess.CompletedProcess
 
 
 def outcome(out: Path) -> tuple[dict, dict]:
-    """The checkpoint and the results of a run, less times and the command."""
+    """The checkpoint and the results of a run, less times, the command and the commit."""
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     results = json.loads((out / "results.json").read_text())
-    for name in ("command", "training_seconds"):
+    for name in ("command", "training_seconds", "commit"):
         del results[name]
     return checkpoint | {"seconds": None}, results
 
