@@ -5,7 +5,6 @@ csrc/cpu/inner_loop.h.
 """
 
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,11 +127,11 @@ def _attribute(op: Op) -> float:
     return float(dict(op.attrs)[_ATTRIBUTE[op.name]]) if op.name in _ATTRIBUTE else 0.0
 
 
-_encode_cached = lru_cache(maxsize=256)(_encode)
-
-
 def _encoded(problem: "Problem", x: Tensor) -> Encoded:
-    return _encode_cached(problem, x.element_size())
+    key = "encoded", x.element_size()
+    if key not in problem.memo:
+        problem.memo[key] = _encode(problem, x.element_size())
+    return problem.memo[key]
 
 
 def _maybe(t: Tensor, wanted: bool) -> Tensor | None:
@@ -169,7 +168,8 @@ def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, che
     out = torch.ops.fastmaml.inner_loop_backward(
         params, lr, x, *y, v, *_encoded(problem, x), steps, first_order, checkpoint_every or 0, *want
     )
-    return tuple(map(_maybe, out, want))
+    grads, grad_lr, grad_x = map(_maybe, out, want)
+    return grads, _over_tasks(grad_lr, False), grad_x
 
 
 def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, needs):
@@ -178,4 +178,66 @@ def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkp
     loss, *grads = torch.ops.fastmaml.meta_loss(
         params, lr, x_s, *y_s, x_q, *y_q, *_encoded(problem, x_s), steps, first_order, checkpoint_every or 0, per_task, *want
     )
-    return loss, *map(_maybe, grads, want)
+    grads, grad_lr, *grad_x = map(_maybe, grads, want)
+    return loss, grads, _over_tasks(grad_lr, per_task), *grad_x
+
+
+def _over_tasks(grad_lr: Tensor | None, per_task: bool) -> Tensor | None:
+    """[1, K, S] unless a row per task is wanted: the kernels give rows too where a parameter belongs to a task."""
+    return grad_lr if grad_lr is None or per_task or len(grad_lr) == 1 else grad_lr.sum(0, keepdim=True)
+
+
+# The shapes of the operators' results, for torch.compile. ints[4] is P, as encoded above.
+
+
+def _rows(params: list[Tensor], ints: list[int], T: int, per_task: bool) -> int:
+    first = 6 + 2 * ints[0]
+    own = any(p.numel() != ints[first + 5 * i] * ints[first + 5 * i + 1] for i, p in enumerate(params))
+    return T if per_task or own else 1
+
+
+def _like(x: Tensor, wanted: bool, shape) -> Tensor:
+    return x.new_empty(shape if wanted else (0,))
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+
+    @fake("fastmaml::apply")
+    def _(params, x, ints, floats):
+        R, C = ints[6 + 2 * ints[3] : 8 + 2 * ints[3]]
+        return x.new_empty(x.shape[0], x.shape[1], R * C)
+
+    @fake("fastmaml::apply_backward")
+    def _(params, x, grad_out, ints, floats, grad_params, grad_x):
+        rows = _rows(params, ints, x.shape[0], False)
+        return _like(x, grad_params, (rows, ints[4])), _like(x, grad_x, x.shape)
+
+    @fake("fastmaml::value_and_grad")
+    def _(params, x, y, weight, ints, floats):
+        return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], ints[4])
+
+    @fake("fastmaml::value_and_grad_backward")
+    def _(params, x, y, weight, grad_loss, v, ints, floats, per_task, grad_x):
+        return x.new_empty(_rows(params, ints, x.shape[0], per_task), ints[4]), _like(x, grad_x, x.shape)
+
+    @fake("fastmaml::inner_loop")
+    def _(params, lr, x, y, weight, ints, floats, steps):
+        return x.new_empty(x.shape[0], ints[4])
+
+    @fake("fastmaml::inner_loop_backward")
+    def _(params, lr, x, y, weight, v, ints, floats, steps, first_order, checkpoint_every, grad_params, grad_lr, grad_x):
+        rows = _rows(params, ints, x.shape[0], False)
+        lr_grad = _like(x, grad_lr and steps > 0, (rows, steps, lr.shape[1]))
+        return _like(x, grad_params, (rows, ints[4])), lr_grad, _like(x, grad_x, x.shape)
+
+    @fake("fastmaml::meta_loss")
+    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, ints, floats, steps, first_order, checkpoint_every, per_task,
+          grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
+        rows = _rows(params, ints, x_s.shape[0], per_task)
+        grads = _like(x_s, grad_params, (rows, ints[4])), _like(x_s, grad_lr and steps > 0, (rows, steps, lr.shape[1]))
+        return x_s.new_empty(x_s.shape[0]), *grads, _like(x_s, grad_x_s, x_s.shape), _like(x_q, grad_x_q, x_q.shape)
+
+
+if _C is not None:
+    _register_fakes()

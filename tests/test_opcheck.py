@@ -1,0 +1,51 @@
+"""torch.library.opcheck of every operator, and a compiled training step."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastmaml import functional, losses
+from fastmaml.backends import cpu, problem_for
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
+T, N, Q, K = 3, 4, 5, 2
+
+
+def _arguments(own: bool):
+    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 2))
+    problem = problem_for(model, (6,), losses.MSE())
+    ints, floats = cpu._encoded(problem, torch.zeros(1))
+    params = [torch.randn((T, *p.shape) if own else p.shape) for p in model.parameters()]
+    s, q = ((torch.randn(T, n, 6), torch.randn(T, n, 2), None) for n in (N, Q))
+    v, lr = torch.randn(T, problem.layout(4)[1]), torch.full((K, 1), 0.1)
+    return {
+        "apply": (params, s[0], ints, floats),
+        "apply_backward": (params, s[0], torch.randn(T, N, 2), ints, floats, True, True),
+        "value_and_grad": (params, *s, ints, floats),
+        "value_and_grad_backward": (params, *s, torch.randn(T), v, ints, floats, False, True),
+        "inner_loop": (params, lr, *s, ints, floats, K),
+        "inner_loop_backward": (params, lr, *s, v, ints, floats, K, False, 0, True, True, True),
+        "meta_loss": (params, lr, *s, *q, ints, floats, K, False, 1, False, True, True, True, False),
+    }
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", _arguments(False))
+def test_opcheck(name: str, own: bool) -> None:
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.fastmaml, name).default, _arguments(own)[name], test_utils=checks)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_training_step_is_the_same() -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    support, query = ((torch.randn(T, n, 6), torch.randn(T, n, 2)) for n in (N, Q))
+
+    def loss(support, query):
+        params = dict(model.named_parameters())
+        return functional.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=K)
+
+    compiled = torch.compile(loss, fullgraph=True)
+    grads = [torch.autograd.grad(f(support, query), list(model.parameters())) for f in (loss, compiled)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,121 @@
+"""Every function and every derivative of each backend against `fastmaml.reference`, on random programs."""
+
+import pytest
+import torch
+from cases import Case, cases, error, gradients
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fastmaml import functional, reference
+from fastmaml.backends import cpu
+
+CHECK = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")),
+    "torch",
+]
+
+
+def meta_loss(f, c: Case, **how) -> Tensor:
+    return f.meta_loss(c.model, c.params, c.support, c.query, loss=c.loss, lr=c.lr, steps=c.steps, first_order=c.first_order, **how)
+
+
+def inner_loop(f, c: Case, **how) -> Tensor:
+    fast = f.inner_loop(c.model, c.params, *c.support, loss=c.loss, lr=c.lr, steps=c.steps, first_order=c.first_order, **how)
+    return sum(_mix(w) for w in fast.values())
+
+
+def value_and_grad(f, c: Case, **how) -> Tensor:
+    value, grads = f.value_and_grad(c.model, c.params, *c.query, loss=c.loss, **how)
+    return _mix(value) + sum(_mix(g) for g in grads.values())
+
+
+def apply(f, c: Case, **how) -> Tensor:
+    return _mix(f.apply(c.model, c.params, c.query[0], **how))
+
+
+def _mix(a: Tensor) -> Tensor:
+    """A number that depends on every element in its own way"""
+    return (a * torch.sin(torch.arange(a.numel(), dtype=torch.float64)).to(a.dtype).view(a.shape)).sum()
+
+
+FUNCTIONS = [meta_loss, inner_loop, value_and_grad, apply]
+
+
+def conditioning(function, c: Case, how: dict) -> float:
+    """How far the reference's own result moves, relative, when the parameters move by a relative 1e-13; over 1e-13."""
+    before = _everything(function, reference, c, how)
+    generator = torch.Generator().manual_seed(0)
+    moved = Case(**vars(c))
+    moved.params = {
+        n: (p.detach() * (1 + 1e-13 * torch.randn(p.shape, generator=generator, dtype=p.dtype))).requires_grad_() for n, p in c.params.items()
+    }
+    after = _everything(function, reference, moved, how)
+    return max(error(after[n], before[n]) for n in before) / 1e-13
+
+
+def _everything(function, f, c: Case, how: dict) -> dict[str, Tensor]:
+    value = function(f, c, **how)
+    return {"value": value.detach().reshape(1), **gradients(value, c)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(CHECK, max_examples=300)
+@given(case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans())
+def test_float64(backend: str, case: Case, function, knobs: bool) -> None:
+    how: dict = {"chunk_tasks": 2} if knobs else {}
+    if knobs and function in (meta_loss, inner_loop):
+        how["checkpoint_every"] = 2
+    if function is meta_loss:
+        how["reduction"] = "sum"
+    truth = _everything(function, reference, case, how)
+    actual = _everything(function, functional, case, {**how, "backend": backend})
+    errors = {n: error(actual[n], truth[n]) for n in truth}
+    if max(errors.values()) > 1e-10:  # only an ill-conditioned draw may be further away, and only by its conditioning
+        assert max(errors.values()) < 100 * torch.finfo(torch.float64).eps * conditioning(function, case, how), errors
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(CHECK, max_examples=60)
+@given(case=cases(smooth=True, norms=False, max_width=24))
+def test_float32_is_as_accurate_as_the_reference(backend: str, case: Case) -> None:
+    truth = _everything(meta_loss, reference, case, {})
+    single = case.to(torch.float32)
+    case.model.float()
+    same = _everything(meta_loss, reference, single, {})
+    actual = _everything(meta_loss, functional, single, {"backend": backend})
+    for n in truth:
+        floor = 16 * torch.finfo(torch.float32).eps
+        assert error(actual[n], truth[n]) <= 2 * error(same[n], truth[n]) + floor, n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(CHECK, max_examples=40)
+@given(case=cases())
+def test_hvp(backend: str, case: Case) -> None:
+    v = {n: torch.randn_like(p).detach() for n, p in case.params.items()}
+    call = dict(model=case.model, params=case.params, v=v, x=case.query[0], y=case.query[1], loss=case.loss)
+    truth, actual = reference.hvp(**call), functional.hvp(**call, backend=backend)
+    scale = max(float(a.detach().abs().max()) for a in truth.values())
+    for n in truth:
+        assert float((actual[n] - truth[n]).abs().max()) <= 1e-10 * scale + 1e-12, n
+
+
+@pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
+def test_cpu_is_bitwise_reproducible_whatever_the_threads(  # noqa: D103
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 40), torch.nn.ReLU(), torch.nn.Linear(40, 2))
+    params = dict(model.named_parameters())
+    tasks = [(torch.randn(100, n, 3), torch.randn(100, n, 2)) for n in (5, 7)]
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            loss = functional.meta_loss(model, params, *tasks, loss="mse", lr=0.1, steps=3, backend="cpu")
+            found.append([loss.detach(), *torch.autograd.grad(loss, list(params.values()))])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
