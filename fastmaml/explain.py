@@ -1,0 +1,76 @@
+"""What fastmaml makes of a model: its Program, the backend that runs it, and why the others do not."""
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backends import BACKENDS, Problem, problem_for
+from .losses import resolve
+from .program import Op, Program
+
+
+class Explanation(str):
+    """A text that a console shows as it is."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def explain(model: nn.Module, x: Tensor, loss: Any = None) -> Explanation:
+    """The layer ops with shapes and parameters, the backend that backend=None takes, and why not each other.
+
+    x: [T, N, *example], as for the functions of fastmaml.functional; its values are not looked at
+    loss: as there; without one, what is said holds for `apply`
+    """
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must have shape [T, N, ...], got {got}")
+    problem = problem_for(model, tuple(x.shape[2:]), None if loss is None else resolve(loss))
+    return Explanation("\n".join([*_program_lines(model, problem), "", *_backend_lines(problem, x)]))
+
+
+def _program_lines(model: nn.Module, problem: Problem) -> list[str]:
+    kind, program = type(model).__name__, problem.program
+    if program is None:
+        return [f"{kind} has no Program: {problem.why_no_program}"]
+    sizes = dict(zip(problem.names, problem.shapes, strict=True))
+    frozen = {name for name, adapt in zip(problem.names, problem.adapt, strict=True) if not adapt}
+    rows = [("#0", "input", _batch(program.buffers[0]), "", "")]
+    rows += [_row(op, program, sizes, frozen) for op in program.ops]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{kind}: {len(program.ops)} layer ops on each task's N examples, result in #{program.output}"]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    read = {name for op in program.ops for name in op.params}
+    if unused := [name for name in problem.names if name not in read]:
+        lines.append(f"  unused, so their gradient is zero: {', '.join(unused)}")
+    return lines
+
+
+def _row(op: Op, program: Program, sizes: dict[str, tuple[int, ...]], frozen: set[str]) -> tuple[str, ...]:
+    attrs = ", ".join(f"{key}={value:g}" for key, value in op.attrs)
+    reads = ", ".join(f"#{b}" for b in op.inputs)
+    names = [p for p in op.params if p is not None]
+    weights = ", ".join(f"{p} {list(sizes[p])}{' frozen' if p in frozen else ''}" for p in names)
+    call = f"{op.name}({reads}{'; ' + attrs if attrs else ''})"
+    return f"#{op.output}", call, _batch(program.buffers[op.output]), op.module, weights
+
+
+def _batch(shape: tuple[int, ...]) -> str:
+    return f"[N{''.join(f', {n}' for n in shape)}]"
+
+
+def _backend_lines(problem: Problem, x: Tensor) -> list[str]:
+    reasons = {name: backend.supports(problem, x.device, x.dtype) for name, backend in BACKENDS.items()}
+    forced = os.environ.get("FASTMAML_BACKEND")
+    chosen = forced or next((name for name, why in reasons.items() if why is None), "none")
+    on = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
+    lines = [f"backend: {chosen} ({on}{', by FASTMAML_BACKEND' if forced else ''})"]
+    for name, why in reasons.items():
+        if name != chosen:
+            lines.append(f"  not {name}: {why or f'it could, but {chosen} comes first'}")
+        elif why:
+            lines.append(f"  but {name} cannot run this: {why}")
+    return lines
