@@ -132,7 +132,7 @@ def test_the_second_signal_acts_as_usual():
 def test_a_loss_that_diverges_is_said():
     run = training()
     with torch.no_grad():
-        run.parameters[0].fill_(torch.nan)
+        run.flat.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="meta-loss is nan at step 5: lower"):
         run.fit(log_every=5)
 
