@@ -31,6 +31,12 @@ class Problem:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     adapt: tuple[bool, ...]  # False: frozen, the inner loop leaves it
+    encoded: dict[int, Any] = field(
+        default_factory=dict
+    )  # the program as the cpu backend passes it on, by itemsize
+    # by itemsize, made beforehand: torch.compile can read such a dict but not fill one
+    layouts: dict[int, Any] = field(default_factory=dict)
+    strided: dict[int, Any] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)  # what backends derive from the rest
 
     @property
@@ -41,21 +47,21 @@ class Problem:
 
     def layout(self, itemsize: int) -> tuple[tuple[int, ...], int]:
         """Each parameter's offset in the flat parameter vector, and its length P: slices start at multiples of 64 bytes."""
-        if ("layout", itemsize) not in self.memo:
+        return self.layouts[itemsize]
+
+    def strides(self, itemsize: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """(shape, stride, offset) of each parameter in the flat parameter vector."""
+        return self.strided[itemsize]
+
+    def __post_init__(self) -> None:
+        strides = [tuple(math.prod(s[i + 1 :]) for i in range(len(s))) for s in self.shapes]
+        for itemsize in (2, 4, 8):
             unit, at, offsets = 64 // itemsize, 0, []
             for shape in self.shapes:
                 offsets.append(at)
                 at += -(-math.prod(shape) // unit) * unit
-            self.memo["layout", itemsize] = tuple(offsets), at
-        return self.memo["layout", itemsize]
-
-    def strides(self, itemsize: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        """(shape, stride, offset) of each parameter in the flat parameter vector."""
-        if ("strides", itemsize) not in self.memo:
-            offsets, _ = self.layout(itemsize)
-            strides = [tuple(math.prod(s[i + 1 :]) for i in range(len(s))) for s in self.shapes]
-            self.memo["strides", itemsize] = list(zip(self.shapes, strides, offsets, strict=True))
-        return self.memo["strides", itemsize]
+            self.layouts[itemsize] = tuple(offsets), at
+            self.strided[itemsize] = list(zip(self.shapes, strides, offsets, strict=True))
 
 
 _problems: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
