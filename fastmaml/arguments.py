@@ -64,6 +64,11 @@ def parameters(
     return ordered
 
 
+def _names_error(what: str, wanted: set[str], given: set[str]) -> ValueError:
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    return ValueError(f"{what} must name every parameter: missing {missing}, unexpected {extra}")
+
+
 def target(problem: Problem, y: Tensor | tuple[Tensor, Tensor], x: Tensor, name: str) -> Target:
     """(target, weight | None), contiguous, fit for the problem's loss."""
     y, weight = y if isinstance(y, (tuple, list)) else (y, None)
@@ -98,7 +103,7 @@ def target(problem: Problem, y: Tensor | tuple[Tensor, Tensor], x: Tensor, name:
 
 
 def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:
-    """lr as [K, S] by differentiable operations: S is 1 (one number), n (one a parameter) or P (one an element).
+    """lr as [K, S], differentiably: S is 1 (one number), n (one per parameter) or P (one per element).
 
     Frozen parameters need no entry in a dict, and have 0.
     """
@@ -140,7 +145,9 @@ def _by_name(problem: Problem, lr: Any, x: Tensor) -> list[Tensor]:
         a = lr[name] if name in wanted else 0.0
         if isinstance(a, Tensor) and a.dim() > 0:
             _check_like(f"lr[{name!r}]", a, x)
-            if a.dim() > len(shape) or any(s not in (1, full) for s, full in zip(a.shape[::-1], shape[::-1])):
+            if a.dim() > len(shape) or any(
+                s not in (1, full) for s, full in zip(a.shape[::-1], shape[::-1], strict=False)
+            ):
                 raise ValueError(f"lr[{name!r}] must broadcast to {list(shape)}, got {list(a.shape)}")
             row.append(a)
         else:

@@ -1,12 +1,12 @@
 """The public functions: fast weights, their losses and meta-gradients, all tasks at once on a backend.
 
-    params   dict name -> tensor, as from dict(model.named_parameters()); [*shape] shared, or [T, *shape] one per task
+    params   dict name -> tensor, as from dict(model.named_parameters()); [*shape] shared, or [T, *shape] per task
     x, y     [T, N, ...]: T tasks, N examples each; y may be (target, weight) with a weight [T, N] per example
-    loss     "mse", "cross_entropy", an object of fastmaml.losses, or a callable (output, target) -> scalar of one task
-    lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list of `steps` such
+    loss     "mse", "cross_entropy", one of fastmaml.losses, or a callable (output, target) -> scalar of one task
+    lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list of `steps`
 
-Differentiable once by ordinary autograd with respect to params, lr and x. `fastmaml.reference` has the same functions
-in a form to read, differentiable any number of times; DESIGN's formulas are in fastmaml/backends.
+Differentiable once by ordinary autograd with respect to params, lr and x. `fastmaml.reference` has the same
+functions in a form to read, differentiable any number of times.
 """
 
 import operator
@@ -141,7 +141,7 @@ def _needs(**inputs: Tensor | Sequence[Tensor]) -> frozenset[str]:
 
 
 def _wants(a: Tensor | Sequence[Tensor]) -> bool:
-    return a.requires_grad if isinstance(a, Tensor) else any([p.requires_grad for p in a])
+    return a.requires_grad if isinstance(a, Tensor) else any(p.requires_grad for p in a)
 
 
 class _Apply(Function):
@@ -272,7 +272,7 @@ def _over_tasks(
     data: Sequence[Tensor | None],  # [T, ..] each
     summed: Sequence[bool],
 ) -> Sequence[Any]:
-    """run(ws, *data) on `chunk` tasks at a time. Its results are joined along tasks, or added up where `summed`."""
+    """run(ws, *data) on `chunk` tasks at a time; results are joined along tasks, or added up where `summed`."""
     assert data[0] is not None
     T = data[0].shape[0]
     if chunk is None or chunk >= T:
@@ -289,7 +289,7 @@ def _over_tasks(
 
 
 def _any_own(problem: Problem, ws: Sequence[Tensor]) -> bool:
-    return any([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
+    return any(p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True))
 
 
 def _views(problem: Problem, flat: Tensor, T: int) -> list[Tensor]:
@@ -309,7 +309,7 @@ def _flat(problem: Problem, vs: Sequence[Tensor | None], x: Tensor) -> Tensor:
 
 
 def _parameter_grads(problem: Problem, flat: Tensor | None, ws: Sequence[Any]) -> list[Tensor | None]:
-    """[1 or T, P] -> the gradient of each parameter: [T, *shape] where it has one per task, else summed over tasks.
+    """[1 or T, P] -> each parameter's gradient: [T, *shape] where it has one per task, else summed over tasks.
 
     ws: the parameters, or of each whether it has one per task
     """
@@ -338,5 +338,6 @@ class _NoDerivative(Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "fastmaml.functional has no derivative of this order; fastmaml.reference is differentiable any number of times"
+            "fastmaml.functional has no derivative of this order; "
+            "fastmaml.reference is differentiable any number of times"
         )

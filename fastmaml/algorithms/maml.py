@@ -9,7 +9,7 @@ from .. import functional, losses
 
 
 class Evaluation(NamedTuple):
-    """Query loss and, for classification, accuracy of every task after each number of steps: [steps + 1, T]."""
+    """Query loss and, for classification, accuracy of each task after 0, 1, .. steps: [steps + 1, T]."""
 
     loss: Tensor
     accuracy: Tensor | None
@@ -18,8 +18,8 @@ class Evaluation(NamedTuple):
 class MAML(nn.Module):
     """A model whose parameters are learned so that `steps` SGD steps adapt it to a task.
 
-    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every: as in `fastmaml.functional`. lr may hold
-    nn.Parameters that an optimiser learns too; register them yourself.
+    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every: as in `fastmaml.functional`. lr may
+    hold nn.Parameters that an optimiser learns too; register them yourself.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class MAML(nn.Module):
         return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}"
 
     def forward(self, x_support: Tensor, y_support, x_query: Tensor, y_query) -> Tensor:
-        """The meta-loss, mean over tasks: call `.backward()` on it. x [T, N, ..], y as in `fastmaml.functional`."""
+        """The meta-loss, mean over tasks, to call `.backward()` on; x [T, N, ..], y as in `fastmaml.functional`."""
         params = dict(self.model.named_parameters())
         return functional.meta_loss(
-            self.model, params, (x_support, y_support), (x_query, y_query), lr=self._lr(0, self.steps), steps=self.steps,
-            **self._common(), **self._memory(),
+            self.model, params, (x_support, y_support), (x_query, y_query),
+            lr=self._lr(0, self.steps), steps=self.steps, **self._common(), **self._memory(),
         )  # fmt: skip
 
     def adapt(self, x: Tensor, y, steps: int | None = None) -> dict[str, Tensor]:
@@ -75,8 +75,8 @@ class MAML(nn.Module):
                     **run,
                 )
             found.append(functional.meta_loss(
-                self.model, weights, (x_support, y_support), (x_query, y_query), loss=self.loss, lr=0.0, steps=0,
-                reduction="none", **run,
+                self.model, weights, (x_support, y_support), (x_query, y_query),
+                loss=self.loss, lr=0.0, steps=0, reduction="none", **run,
             ))  # fmt: skip
             if classify:
                 target = y_query[0] if isinstance(y_query, (tuple, list)) else y_query

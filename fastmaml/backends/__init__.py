@@ -46,7 +46,7 @@ class Problem:
         return model
 
     def layout(self, itemsize: int) -> tuple[tuple[int, ...], int]:
-        """Each parameter's offset in the flat parameter vector, and its length P: slices start at multiples of 64 bytes."""
+        """Each parameter's offset in the flat vector, a multiple of 64 bytes, and the vector's length P."""
         return self.layouts[itemsize]
 
     def strides(self, itemsize: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
@@ -93,7 +93,7 @@ def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | N
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """What a changed model changes; every call asks, so it walks the modules without nn.Module's generators."""
+    """What a changed model changes. Every call asks, so it avoids nn.Module's slow generators."""
     state: list[Any] = []
     modules: list[Any] = [model]
     for m in modules:
