@@ -68,6 +68,8 @@ def _backend_lines(problem: Problem, x: Tensor) -> list[str]:
     chosen = forced or next((name for name, why in reasons.items() if why is None), "none")
     on = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
     lines = [f"backend: {chosen} ({on}{', by FASTMAML_BACKEND' if forced else ''})"]
+    if forced and forced not in reasons:
+        lines.append(f"  but backend must be one of {list(BACKENDS)}")
     for name, why in reasons.items():
         if name != chosen:
             lines.append(f"  not {name}: {why or f'it could, but {chosen} comes first'}")
