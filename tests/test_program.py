@@ -108,7 +108,7 @@ def shape_checks(self: Any, x: Tensor) -> Tensor:
 
 
 def functional(self: Any, x: Tensor) -> Tensor:
-    h = F.leaky_relu(F.leaky_relu(F.linear(x, self.w, self.b)), 0.2)
+    h = F.leaky_relu(F.leaky_relu_(F.linear(x, self.w, self.b)), 0.2)
     h = F.layer_norm(h, (4,), eps=1e-3)
     h = F.batch_norm(h, None, None, self.b, training=True)
     h = torch.add(F.silu(h), F.gelu(h, approximate="tanh"))
