@@ -46,11 +46,12 @@ class EpisodeStream(Dataset[E], Generic[E]):
     """Meta-batches numbered 0, 1, 2, ..., each a function of (seed, number) alone.
 
     `stream[i]` is meta-batch i at any time, in any process: hand the stream to
-    `DataLoader(stream, batch_size=None, num_workers=2)`, or to resume, with `sampler=range(done, total)`, and no two
-    workers make the same episodes. `sample()` and iteration walk through the numbers from where the stream stands;
-    `state_dict()` keeps that place, so that a resumed run sees what an uninterrupted one would have seen.
+    `DataLoader(stream, batch_size=None, num_workers=2)`, to resume with `sampler=range(done, total)`, and no
+    two workers make the same episodes. `sample()` and iteration walk through the numbers from where the
+    stream stands; `state_dict()` keeps that place, so that a resumed run sees what an uninterrupted one would.
 
-    batches: how many there are. None is an endless stream: then `len` raises TypeError, and a DataLoader needs `sampler=`.
+    batches: how many there are. None is an endless stream: `len` then raises TypeError, and a DataLoader
+        needs `sampler=`.
     """
 
     def __init__(self, seed: int, batches: int | None) -> None:
@@ -68,12 +69,15 @@ class EpisodeStream(Dataset[E], Generic[E]):
 
     def __getitem__(self, index: int) -> E:
         if index < 0 or (self.batches is not None and index >= self.batches):
-            raise IndexError(f"index must be in 0..{'' if self.batches is None else self.batches - 1}, got {index}")
+            last = "" if self.batches is None else self.batches - 1
+            raise IndexError(f"index must be in 0..{last}, got {index}")
         return self.make(index)
 
     def __len__(self) -> int:
         if self.batches is None:
-            raise TypeError("an endless stream has no length: give it batches=, or give the DataLoader sampler=range(...)")
+            raise TypeError(
+                "an endless stream has no length: give it batches=, or the DataLoader sampler=range(n)"
+            )
         return self.batches
 
     def sample(self) -> E:

@@ -44,7 +44,10 @@ def archives(root: Path) -> list[Path]:
 
 
 def members(archive: Path) -> dict[str, list[str]]:
-    """{"Alphabet/character01": its drawings by drawer}, sorted. Raises ValueError for a damaged or foreign archive."""
+    """{"Alphabet/character01": its drawings by drawer}, sorted.
+
+    Raises ValueError for a damaged or foreign archive.
+    """
     name, root = archive.name, archive.parent
     try:
         with zipfile.ZipFile(archive) as z:
@@ -60,17 +63,23 @@ def members(archive: Path) -> dict[str, list[str]]:
         layout = f"{archive.stem}/<Alphabet>/character<NN>/<id>_<drawer>.png"
         raise ValueError(f"{archive} has no {layout}: {cure(name, root)}")
     drawings = {character: [path for _, path in sorted(found[character])] for character in sorted(found)}
-    counts = {character: len(paths) for character, paths in drawings.items()}
-    for character, count in counts.items():
-        if count != max(counts.values()):
-            wanted = max(counts.values())
-            raise ValueError(f"{archive} has {count} drawings of {character}, not {wanted}: {cure(name, root)}")
+    wanted = max(map(len, drawings.values()))
+    for character, paths in drawings.items():
+        if len(paths) != wanted:
+            counts = f"{len(paths)} drawings of {character}, {wanted} of others"
+            raise ValueError(f"{archive} has {counts}: {cure(name, root)}")
     return drawings
 
 
 def read(archive: Path, resize: str) -> np.ndarray:
-    """Every drawing, ink = 255, [characters, drawers, 28, 28] uint8. Raises ValueError for a damaged archive."""
-    from PIL import Image
+    """Every drawing, ink = 255, [characters, drawers, 28, 28] uint8.
+
+    Raises ValueError for a damaged archive, ImportError without Pillow.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('decoding Omniglot needs Pillow: pip install "fastmaml[train]"') from error
 
     drawings = members(archive)
     images = np.empty((len(drawings), len(next(iter(drawings.values()))), SIDE, SIDE), np.uint8)
@@ -83,7 +92,8 @@ def read(archive: Path, resize: str) -> np.ndarray:
                         how = Image.Resampling.LANCZOS if resize == "lanczos" else Image.Resampling.NEAREST
                         images[c, d] = 255 - np.asarray(image.convert("L").resize((SIDE, SIDE), how))
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, SyntaxError) as error:
-        raise ValueError(f"{archive} is damaged at {path} ({error}): {cure(archive.name, archive.parent)}") from error
+        way_out = cure(archive.name, archive.parent)
+        raise ValueError(f"{archive} is damaged at {path} ({error}): {way_out}") from error
     return images
 
 
@@ -99,9 +109,8 @@ def open_cached(path: Path) -> np.ndarray | None:
         images = np.load(path, mmap_mode="c")
     except (OSError, ValueError, EOFError):
         return None
-    shape = images.shape
-    fits = len(shape) == 5 and shape[1] == ROTATIONS and shape[3:] == (SIDE, SIDE) and images.dtype == np.uint8
-    return images if fits else None
+    fits = images.ndim == 5 and images.shape[1] == ROTATIONS and images.shape[3:] == (SIDE, SIDE)
+    return images if fits and images.dtype == np.uint8 else None
 
 
 def write_cache(path: Path, images: np.ndarray) -> None:
@@ -122,9 +131,9 @@ def write_cache(path: Path, images: np.ndarray) -> None:
 def load(root: Path, resize: str, cache: Path) -> np.ndarray:
     """All drawings in all rotations, ink = 255, [characters, 4, drawers, 28, 28] uint8, memory-mapped.
 
-    The characters of the background set come first, then by alphabet and number; drawers in order. Raises
-    FileNotFoundError or ValueError where an archive is missing or damaged; warns where the cache cannot be written
-    (the array is then in memory).
+    The characters of the background set come first, then by alphabet and number; drawers in order.
+    Raises FileNotFoundError or ValueError where an archive is missing or damaged. Warns where the cache
+    cannot be written; the array is then in memory.
     """
     zips = archives(root)
     sizes = "-".join(str(zip.stat().st_size) for zip in zips)
@@ -134,7 +143,8 @@ def load(root: Path, resize: str, cache: Path) -> np.ndarray:
         return cached
     parts = [read(archive, resize) for archive in zips]
     if parts[0].shape[1] != parts[1].shape[1]:
-        raise ValueError(f"the archives in {root} have {parts[0].shape[1]} and {parts[1].shape[1]} drawers a character")
+        drawers = f"{parts[0].shape[1]} and {parts[1].shape[1]} drawings a character"
+        raise ValueError(f"the archives in {root} have {drawers}: {cure(ARCHIVES[1], root)}")
     images = rotated(np.concatenate(parts))
     try:
         write_cache(path, images)

@@ -27,8 +27,8 @@ class SineEpisodes(Episodes):
 class Sine(EpisodeStream[SineEpisodes]):
     """y = amplitude * sin(x - phase), drawn uniformly per task (Finn et al. 2017, section 5.1).
 
-    Every meta-batch is `tasks` new waves with `shots` support and `queries` query points; see `EpisodeStream` for
-    indexing, iterating, resuming. Training and evaluation should differ in `seed`.
+    Every meta-batch is `tasks` new waves with `shots` support and `queries` query points; see `EpisodeStream`
+    for indexing, iterating, resuming. Training and evaluation should differ in `seed`.
 
     amplitude, phase, x: the ranges (low, high); the defaults are the paper's.
     Raises ValueError for a size below 1, a negative seed, or a range whose high is below its low.
@@ -53,7 +53,7 @@ class Sine(EpisodeStream[SineEpisodes]):
                 raise ValueError(f"{name} must be a range (low, high), got ({low}, {high})")
         self.shots, self.queries, self.tasks = shots, queries, tasks
         self.amplitude, self.phase, self.x = amplitude, phase, x
-        # One generator per block of meta-batches: seeding one costs more than drawing a meta-batch of 25 tasks.
+        # One generator per block of meta-batches: seeding one costs more than drawing 25 tasks.
         self._block_size = max(1, BLOCK_FLOATS // (tasks * (shots + queries + 2)))
         self._block_key: tuple[int, int] | None = None
         self._block: dict[str, Tensor] = {}
