@@ -58,7 +58,7 @@ format: setup $(V)/.dev
 	$(V)/bin/ruff format .
 	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-# The C++ tests include the kernels' headers and need no torch.
+# The C++ tests drive the engine, csrc/cpu, without torch.
 SANITIZE_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZE_tsan := -fsanitize=thread
 CPP_BINARIES := $(foreach s,asan tsan,$(addprefix build/$(s)/,$(CPP_TESTS)))
@@ -66,7 +66,7 @@ CPP_BINARIES := $(foreach s,asan tsan,$(addprefix build/$(s)/,$(CPP_TESTS)))
 define sanitizer
 build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(CSRC)
 	@mkdir -p $$(@D)
-	$$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer $$(SANITIZE_$(1)) -Icsrc -pthread $$< -o $$@
+	$$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer $$(SANITIZE_$(1)) -Icsrc -pthread $$< $(wildcard csrc/cpu/*.cpp) -o $$@
 endef
 $(foreach s,asan tsan,$(eval $(call sanitizer,$(s))))
 
