@@ -48,7 +48,7 @@ class EpisodeStream(Dataset[E], Generic[E]):
     `stream[i]` is meta-batch i at any time, in any process: hand the stream to
     `DataLoader(stream, batch_size=None, num_workers=2)`, to resume with `sampler=range(done, total)`, and no
     two workers make the same episodes. `sample()` and iteration walk through the numbers from where the
-    stream stands; `state_dict()` keeps that place, so that a resumed run sees what an uninterrupted one would.
+    stream stands; `state_dict()` keeps that place, so that a resumed run sees what an uninterrupted one does.
 
     batches: how many there are. None is an endless stream: `len` then raises TypeError, and a DataLoader
         needs `sampler=`.

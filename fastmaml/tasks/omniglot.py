@@ -30,7 +30,7 @@ class Omniglot:
         what the script meant, and easier: 5-way 1-shot by nearest neighbour in pixels is right in 43.8 %,
         not 37.5 %.
     cache: folder for the decoded images, by default FASTMAML_CACHE or the user's cache folder. 102 MB, made
-        once in about 10 s, then memory-mapped and shared by processes. Made anew for archives of another size.
+        once in about 10 s, then memory-mapped, shared by processes. Made anew for archives of another size.
 
     `images` is [characters, 4, drawers, 28, 28] uint8, ink = 255, of all splits; `classes` says which
     characters are in this one. Raises FileNotFoundError or ValueError where an archive is missing or damaged,
@@ -93,13 +93,13 @@ class EpisodeSampler(EpisodeStream[Episodes]):
     """Few-shot classification episodes: x [T, N, 1, H, W] float32 in 0..1, y [T, N] int64.
 
     Every task has `ways` classes of distinct characters in random order, the order being the labels; each
-    class has `shots` support examples (N = ways * shots, class by class) and `queries` query examples by other
+    class has `shots` support examples (N = ways * shots, class by class) and `queries` queries by other
     drawers. See `EpisodeStream` for indexing, iterating, resuming and use in a DataLoader.
 
     dataset: what is used of it is `images` [characters, rotations, drawers, H, W] uint8, `classes` (which of
         the characters) and `rotations` (how many of them).
     flat: x is [T, N, H * W], for networks without convolutions.
-    Raises ValueError for a size below 1, for more ways than characters, for shots + queries above the drawers.
+    Raises ValueError for a size below 1, more ways than characters, shots + queries above the drawers.
     """
 
     def __init__(
