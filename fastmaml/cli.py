@@ -43,15 +43,24 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="meta-train MAML and evaluate it on held-out tasks")
     tasks = train.add_subparsers(dest="task", required=True)
     sine = tasks.add_parser("sine", help="regression of sine waves, 40-40 ReLU network", **shown)
-    training_options(sine, shots=10, queries=10, tasks=25, inner_lr=0.01, eval_steps=10, iterations=70000)
-    schedule_options(sine, evaluate_every=5000, log_every=500, checkpoint_every=5000)
+    # cosine decay from 3e-3 is better after 20000 steps than the paper's constant 1e-3 after 70000
+    numbers: Any = {
+        "inner_lr": 0.01,
+        "eval_steps": 10,
+        "iterations": 20000,
+        "meta_lr": 3e-3,
+        "decay": "cosine",
+    }
+    training_options(sine, shots=10, queries=10, tasks=25, **numbers)
+    schedule_options(sine, evaluate_every=2000, log_every=200, checkpoint_every=2000)
 
     omniglot = tasks.add_parser("omniglot", help="characters, 256-128-64-64 network", **shown)
     add = omniglot.add_argument
     add("--data", type=Path, required=True, help="folder with the two official zip files")
     add("--ways", type=positive_int, default=5, help="classes in a task")
     add("--eval-queries", type=positive_int, default=15, help="query examples of each class in evaluation")
-    training_options(omniglot, shots=1, queries=15, tasks=32, inner_lr=0.4, eval_steps=3, iterations=60000)
+    numbers = {"inner_lr": 0.4, "eval_steps": 3, "iterations": 60000, "meta_lr": 1e-3, "decay": "none"}
+    training_options(omniglot, shots=1, queries=15, tasks=32, **numbers)
     schedule_options(omniglot, evaluate_every=1000, log_every=100, checkpoint_every=500)
 
     explain = commands.add_parser("explain", help="what fastmaml makes of a model, and which backend runs it")
@@ -64,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="MAML on sine waves: a table and a picture", **shown)
     add = demo.add_argument
-    add("--out", type=Path, default=Path("demo"), help="folder for the picture")
+    add("--out", type=Path, default=Path("runs/demo"), help="folder for the picture")
     add("--iterations", type=positive_int, default=20000, help="meta-steps of each network")
     add("--seed", type=natural, default=0)
     add("--backend", help="cpu, torch, ...; default: the first that can run")
@@ -81,6 +90,8 @@ def training_options(
     inner_lr: float,
     eval_steps: int,
     iterations: int,
+    meta_lr: float,
+    decay: str,
 ) -> None:
     add = parser.add_argument
     add("--shots", type=positive_int, default=shots, help="support examples (of each class)")
@@ -92,8 +103,8 @@ def training_options(
     add("--eval-tasks", type=positive_int, default=600, help="held-out tasks of the final evaluation")
     add("--first-order", action="store_true", help="FOMAML: no second derivatives")
     add("--iterations", type=positive_int, default=iterations, help="meta-steps")
-    add("--meta-lr", type=positive, default=1e-3, help="learning rate of Adam")
-    add("--decay", choices=("none", "cosine"), default="none", help="schedule of the meta learning rate")
+    add("--meta-lr", type=positive, default=meta_lr, help="learning rate of Adam")
+    add("--decay", choices=("none", "cosine"), default=decay, help="schedule of the meta learning rate")
     add("--seed", type=natural, default=0)
     add("--backend", help="cpu, torch, ...; default: the first that can run")
     add("--threads", type=positive_int, help="threads of torch and of the cpu backend")

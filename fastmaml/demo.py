@@ -1,7 +1,7 @@
 """MAML on sine waves: a table beside the paper's, and a picture of what adaptation does.
 
-The network of the MAML paper's section 5.1, meta-trained and, for comparison, pretrained on the points of all
-tasks without an inner loop; each for K = 5 and K = 10 support points.
+The network of the MAML paper's section 5.1, meta-trained for K = 5 and K = 10 support points and, for
+comparison, pretrained on the points of all tasks without an inner loop.
 """
 
 from pathlib import Path
@@ -28,12 +28,13 @@ def run_demo(out: Path, *, iterations: int, seed: int, backend: str | None, quie
     plots.pyplot()  # a missing matplotlib is said now, not after the training
     out.mkdir(parents=True, exist_ok=True)
     networks, found = {}, {}
+    pretrained = trained("pretrained", 10, iterations=iterations, seed=seed, backend=backend, quiet=quiet)
     for shots in (5, 10):
-        for name in ("MAML", "pretrained"):
-            maml = trained(name, shots, iterations=iterations, seed=seed, backend=backend, quiet=quiet)
-            held_out = Sine(shots=shots, queries=100, tasks=100, seed=2**31)
-            networks[name, shots] = maml
-            found[name, shots] = evaluate(maml, held_out, tasks=TEST_TASKS, steps=max(SHOWN))["loss"]
+        maml = trained("MAML", shots, iterations=iterations, seed=seed, backend=backend, quiet=quiet)
+        held_out = Sine(shots=shots, queries=100, tasks=100, seed=2**31)
+        for name, learner in {"MAML": maml, "pretrained": pretrained}.items():
+            networks[name, shots] = learner
+            found[name, shots] = evaluate(learner, held_out, tasks=TEST_TASKS, steps=max(SHOWN))["loss"]
     print(table(found))
     plots.sine_predictions([row(networks, shots, seed) for shots in (5, 10)], out / "sine.png")
     print(f"picture: {out / 'sine.png'}")
@@ -43,14 +44,15 @@ def run_demo(out: Path, *, iterations: int, seed: int, backend: str | None, quie
 def trained(
     name: str, shots: int, *, iterations: int, seed: int, backend: str | None, quiet: bool
 ) -> fastmaml.MAML:
-    """The pretrained network is MAML with no inner step: its loss is that of all tasks' query points."""
+    """The pretrained network is MAML with no inner step: its loss is that of all query points, whatever K."""
     torch.manual_seed(seed)
     model = sine_mlp()
     steps = 1 if name == "MAML" else 0
     learner = fastmaml.MAML(model, loss="mse", lr=INNER_LR, steps=steps, backend=backend)
     batches = Sine(shots=shots, queries=10, tasks=TASKS, seed=seed)
     training = Training(learner, batches, iterations=iterations, meta_lr=META_LR, decay="cosine")
-    with progress_bar(training, TASKS, label=f"{name:>10}, K={shots:<2}", quiet=quiet) as (tick, report):
+    label = f"MAML, K={shots}" if steps else name
+    with progress_bar(training, TASKS, label=f"{label:>10}", quiet=quiet) as (tick, report):
         training.fit(report=report, tick=tick)
     return fastmaml.MAML(model, loss="mse", lr=INNER_LR, steps=1, backend=backend)
 

@@ -68,6 +68,6 @@ def sine_predictions(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.plot(row["x_support"], row["y_support"], "^", color="#5b2a86", ms=8, label="support points")
             axis.set_title(f"{name}, {row['title']}")
             axis.grid(alpha=0.2)
-    axes[0][0].legend(loc="best", fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -97,9 +97,8 @@ class Training:
         self.maml, self.batches = maml, batches
         self.iterations, self.meta_lr, self.decay = iterations, meta_lr, decay
         self.settings = settings or {}
-        self.parameters = [p for p in maml.parameters() if p.requires_grad]
-        # In nets this small a step of Adam is call overhead, and one vector needs a sixth of the calls of six.
-        # fused=True would wait for OpenMP threads even here: 28 ms a step on a busy machine with two cores.
+        # In small nets a step of Adam is call overhead, and one vector needs a sixth of the calls of six.
+        # fused=True would wait for OpenMP threads even here: 28 ms a step on two busy cores.
         self.flat = flatten([p for p in maml.parameters() if p.requires_grad])
         self.optimizer = torch.optim.Adam([self.flat], lr=meta_lr, foreach=False)
         self.step, self.seconds = 0, 0.0
