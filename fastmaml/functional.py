@@ -1,8 +1,8 @@
 """The public functions: fast weights, their losses and meta-gradients, all tasks at once on a backend.
 
-    params   dict name -> tensor, as from dict(model.named_parameters()); [*shape] shared, or [T, *shape] per task
+    params   dict name -> tensor, as from dict(model.named_parameters()); [*shape], or [T, *shape] per task
     x, y     [T, N, ...]: T tasks, N examples each; y may be (target, weight) with a weight [T, N] per example
-    loss     "mse", "cross_entropy", one of fastmaml.losses, or a callable (output, target) -> scalar of one task
+    loss     "mse", "cross_entropy", a fastmaml.losses object, or a callable (output, target) -> scalar
     lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list of `steps`
 
 Differentiable once by ordinary autograd with respect to params, lr and x. `fastmaml.reference` has the same
@@ -272,7 +272,7 @@ def _over_tasks(
     data: Sequence[Tensor | None],  # [T, ..] each
     summed: Sequence[bool],
 ) -> Sequence[Any]:
-    """run(ws, *data) on `chunk` tasks at a time; results are joined along tasks, or added up where `summed`."""
+    """run(ws, *data) on `chunk` tasks at a time; results are joined, or added up where `summed`."""
     assert data[0] is not None
     T = data[0].shape[0]
     if chunk is None or chunk >= T:
@@ -309,7 +309,7 @@ def _flat(problem: Problem, vs: Sequence[Tensor | None], x: Tensor) -> Tensor:
 
 
 def _parameter_grads(problem: Problem, flat: Tensor | None, ws: Sequence[Any]) -> list[Tensor | None]:
-    """[1 or T, P] -> each parameter's gradient: [T, *shape] where it has one per task, else summed over tasks.
+    """[1 or T, P] -> each parameter's gradient: [T, *shape] where it has one per task, else summed.
 
     ws: the parameters, or of each whether it has one per task
     """

@@ -37,7 +37,7 @@ class MAML(nn.Module):
         return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}"
 
     def forward(self, x_support: Tensor, y_support, x_query: Tensor, y_query) -> Tensor:
-        """The meta-loss, mean over tasks, to call `.backward()` on; x [T, N, ..], y as in `fastmaml.functional`."""
+        """The meta-loss, mean over tasks, to call `.backward()` on. x [T, N, ..]; y may be (target, weight)."""
         params = dict(self.model.named_parameters())
         return functional.meta_loss(
             self.model, params, (x_support, y_support), (x_query, y_query),
@@ -55,7 +55,7 @@ class MAML(nn.Module):
     def evaluate(
         self, x_support: Tensor, y_support, x_query: Tensor, y_query, steps: int | None = None
     ) -> Evaluation:
-        """Query loss and accuracy after 0, 1, .., `steps` steps. Of a list of step sizes the last one goes on."""
+        """Query loss and accuracy after 0, .., `steps` steps. Of a list of step sizes the last goes on."""
         steps = self.steps if steps is None else steps
         weights = dict(self.model.named_parameters())
         classify = isinstance(losses.resolve(self.loss), losses.CrossEntropy)

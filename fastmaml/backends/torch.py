@@ -4,6 +4,8 @@ The recursion of the kernels, in torch.func: H u is the jvp of the gradient, vma
 differentiated twice by reverse mode and memory is O(K * weights), not O(K * activations).
 """
 
+import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,14 +95,36 @@ def value_and_grad(problem, params, x, y):
     return loss, flatten(problem, g)
 
 
+@cache
+def _prepare_jvp() -> None:
+    """The first jvp compiles torch's own formulas by torch.jit.script, and warns of that: no doing of the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
 def _curvature(problem, w, u, x, y, with_x):
     """H u, and d<g, u>/dx if asked, per task."""
-    gradient = grad(_loss(problem), argnums=(0, 1) if with_x else (0,))
+    argnums = (0, 1) if with_x else (0,)
+    gradient = grad(_loss(problem), argnums=argnums)
 
-    def product(w, u, x, target, weight):
+    def forward_over_reverse(w, u, x, target, weight):
         return jvp(lambda w: gradient(w, x, target, weight), (w,), (u,))[1]
 
-    h, *h_x = _map(product, w, u, x, *y)
+    def reverse_over_reverse(w, u, x, target, weight):
+        def along(w, x):
+            return sum((g * a).sum() for g, a in zip(gradient(w, x, target, weight)[0], u, strict=True))
+
+        return grad(along, argnums=argnums)(w, x)
+
+    if "reverse" not in problem.memo:
+        _prepare_jvp()
+        try:
+            h, *h_x = _map(forward_over_reverse, w, u, x, *y)
+            return h, h_x[0] if h_x else None
+        except NotImplementedError:  # some of torch's operators have no jvp, huber_loss's gradient for one
+            problem.memo["reverse"] = True
+    h, *h_x = _map(reverse_over_reverse, w, u, x, *y)
     return h, h_x[0] if h_x else None
 
 

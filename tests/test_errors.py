@@ -1,0 +1,181 @@
+"""Bad input gets a clear error before any work, on every backend alike."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastmaml
+from fastmaml import CrossEntropy, functional
+
+T, N, I, C = 2, 4, 3, 5
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(I, 7), nn.Tanh(), nn.Linear(7, C))
+
+
+@pytest.fixture
+def given(model):
+    """Valid arguments of meta_loss, for a test to spoil one of."""
+    x, y = torch.randn(T, N, I), torch.randn(T, N, C)
+    return {
+        "model": model,
+        "params": dict(model.named_parameters()),
+        "support": (x, y),
+        "query": (x, y),
+        "loss": "mse",
+        "lr": 0.1,
+        "steps": 2,
+        "backend": "torch",
+    }
+
+
+def raises(error, match, given, **spoiled):
+    with pytest.raises(error, match=match):
+        functional.meta_loss(**(given | spoiled))
+
+
+def test_valid_arguments_pass(given):
+    assert functional.meta_loss(**given).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (torch.randn(N, I), ValueError, r"support x must have shape \[T, N, ...\]"),
+        (torch.randn(0, N, I), ValueError, r"T, N >= 1, got \[0, 4, 3\]"),
+        (torch.randn(T, 0, I), ValueError, r"T, N >= 1"),
+        (torch.zeros(T, N, I, dtype=torch.int64), TypeError, "floating point, got torch.int64"),
+        (torch.randn(T, N, I).double(), TypeError, r"dtype torch.float64, as x, got torch.float32"),
+        (torch.randn(T, N, I).tolist(), TypeError, "must be a tensor, got list"),
+    ],
+)
+def test_x(given, x, error, match):
+    raises(error, match, given, support=(x, given["support"][1]))
+
+
+def test_x_that_the_model_cannot_take(given):
+    x = torch.randn(T, N, I + 1)
+    with pytest.raises((ValueError, RuntimeError)):
+        functional.meta_loss(
+            **(given | {"support": (x, given["support"][1]), "query": (x, given["query"][1])})
+        )
+
+
+def test_support_and_query_are_of_the_same_tasks(given):
+    x, y = given["query"]
+    raises(ValueError, r"query x must have shape \[2, 4, 3\], got \[1, 4, 3\]", given, query=(x[:1], y[:1]))
+    raises(ValueError, "query x must have shape", given, query=(torch.randn(T, N, I + 1), y))
+    raises(TypeError, "query x must be torch.float32", given, query=(x.double(), y))
+
+
+def test_targets(given):
+    x, y = given["support"]
+    raises(
+        ValueError, r"support y must have shape \[2, 4, 5\], got \[2, 4, 4\]", given, support=(x, y[..., :4])
+    )
+    raises(ValueError, r"query y must have shape \[2, 4, 5\], got \[2, 3, 5\]", given, query=(x, y[:, :3]))
+    raises(TypeError, "support y must have dtype torch.float32", given, support=(x, y.double()))
+    raises(ValueError, "reference", given, support=(x, y.clone().requires_grad_()))
+    raises(
+        ValueError, r"weight of support y must have shape \[2, 4\]", given, support=(x, (y, torch.rand(T)))
+    )
+
+
+def test_labels(given):
+    x, _ = given["support"]
+    good = torch.randint(C, (T, N))
+    given |= {"support": (x, good), "query": (x, good), "loss": "cross_entropy"}
+    functional.meta_loss(**given)
+    for bad in (good.clone().fill_(C), good - C):
+        raises(ValueError, "query y must hold labels from 0 to 4", given, query=(x, bad))
+    raises(TypeError, "class indices of dtype torch.int64", given, query=(x, good.float()))
+    raises(ValueError, r"must have shape \[2, 4\]", given, query=(x, good[..., None]))
+
+
+def test_params(given):
+    params = given["params"]
+    short = {n: p for n, p in params.items() if n != "0.bias"}
+    raises(ValueError, r"missing \['0.bias'\], unexpected \[\]", given, params=short)
+    raises(ValueError, r"missing \[\], unexpected \['more'\]", given, params=params | {"more": torch.ones(1)})
+    wide = params | {"0.bias": torch.randn(8)}
+    raises(ValueError, r"params\['0.bias'\] must have shape \[7\] or \[2, 7\], got \[8\]", given, params=wide)
+    raises(TypeError, "dtype", given, params=params | {"0.bias": torch.randn(7).double()})
+
+
+def test_lr(given):
+    names = list(given["params"])
+    raises(ValueError, r"a list of steps = 2, got a list of 3", given, lr=[0.1] * 3)
+    raises(TypeError, "lr must be a number.*got str", given, lr="0.1")
+    raises(ValueError, r"missing \['2.bias'\]", given, lr=dict.fromkeys(names[:-1], 0.1))
+    raises(ValueError, r"unexpected \['more'\]", given, lr=dict.fromkeys([*names, "more"], 0.1))
+    wide = dict.fromkeys(names, 0.1) | {"0.bias": torch.rand(6)}
+    raises(ValueError, r"lr\['0.bias'\] must broadcast to \[7\], got \[6\]", given, lr=wide)
+    raises(ValueError, r"lr must have shape \[\], got \[2\]", given, lr=torch.rand(2))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("steps", -1, ValueError),
+        ("steps", 1.5, TypeError),
+        ("steps", None, TypeError),
+        ("chunk_tasks", 0, ValueError),
+        ("checkpoint_every", 0, ValueError),
+        ("reduction", "max", ValueError),
+        ("loss", "hinge", ValueError),
+        ("loss", 3, TypeError),
+        ("backend", "gpu", ValueError),
+    ],
+)
+def test_options(given, option, value, error):
+    raises(error, option, given, **{option: value})
+
+
+def test_batch_norm_needs_two_examples(given):
+    model = nn.Sequential(nn.Linear(I, C), nn.BatchNorm1d(C))
+    x, y = given["query"]
+    spoiled = {"model": model, "params": dict(model.named_parameters()), "query": (x[:, :1], y[:, :1])}
+    raises(ValueError, "more than 1 value per channel", given, **spoiled)
+
+
+def test_a_named_backend_that_cannot_says_why(given):
+    model = nn.Sequential(nn.Linear(I, C), nn.Softplus())
+    spoiled = {"model": model, "params": dict(model.named_parameters()), "backend": "cpu"}
+    raises(RuntimeError, "cpu", given, **spoiled)
+
+
+def test_falling_to_the_torch_backend_warns_once(given):
+    model = nn.Sequential(nn.Linear(I, C), nn.Softplus())
+    given |= {"model": model, "params": dict(model.named_parameters()), "backend": None}
+    with pytest.warns(UserWarning, match="torch backend"):
+        functional.meta_loss(**given)
+    functional.meta_loss(**given)
+
+
+def test_one_derivative_more_names_the_reference(given):
+    params = list(given["params"].values())
+    loss = functional.meta_loss(**given)
+    grads = torch.autograd.grad(loss, params, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fastmaml\.reference"):
+        grads[0].sum().backward()
+    x, y = given["support"]
+    options = {"loss": "mse", "backend": "torch"}
+    product = functional.hvp(given["model"], given["params"], given["params"], x, y, **options)
+    with pytest.raises(RuntimeError, match=r"fastmaml\.reference"):
+        product["0.weight"].sum().backward()
+
+
+def test_nan_in_is_nan_out(given):
+    for backend in [b.name for b in fastmaml.backends() if b.available]:
+        x, y = torch.full((T, N, I), torch.nan), given["support"][1]
+        labels = torch.randint(C, (T, N))
+        assert functional.meta_loss(**(given | {"support": (x, y), "backend": backend})).isnan()
+        classes = {
+            "support": (x, labels),
+            "query": (x, labels),
+            "loss": CrossEntropy(0.1),
+            "backend": backend,
+        }
+        assert functional.meta_loss(**(given | classes)).isnan()
