@@ -112,14 +112,14 @@ def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:
         raise ValueError(f"lr must be one, or a list of steps = {steps}, got a list of {len(lr)}")
     if not any(isinstance(a, Mapping) for a in each):
         if len(each) == 1 and not isinstance(each[0], Tensor):
-            return x.new_full((steps, 1), _number(each[0]))
+            return _constant(problem, _number(each[0]), steps, x)
         rows = [_scalar("lr", a, x) for a in each]
         return torch.stack(rows).view(-1, 1).expand(steps, 1) if rows else x.new_empty(0, 1)
     rows = [_by_name(problem, a, x) for a in each]
     if all(a.dim() == 0 for row in rows for a in row):
         table = torch.stack([torch.stack(row) for row in rows])
     else:
-        offsets, size = problem.layout(x.element_size())
+        offsets, size = problem.layouts[x.element_size()]
         ends = (*offsets[1:], size)
         pieces = []
         for row in rows:
@@ -128,6 +128,16 @@ def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:
                 pieces.append(torch.cat([flat, flat.new_zeros(end - start - flat.numel())]))
         table = torch.cat(pieces).view(len(rows), size)
     return table.expand(steps, -1).contiguous()
+
+
+def _constant(problem: Problem, value: float, steps: int, x: Tensor) -> Tensor:
+    """[K, 1] of one number, kept for the next call: making it costs as much as all other checks."""
+    if torch.compiler.is_compiling():
+        return x.new_full((steps, 1), value)
+    if problem.memo.get("lr_key") != (value, steps, x.dtype, x.device):
+        problem.memo["lr_key"] = value, steps, x.dtype, x.device
+        problem.memo["lr"] = x.new_full((steps, 1), value)
+    return problem.memo["lr"]
 
 
 def _by_name(problem: Problem, lr: Any, x: Tensor) -> list[Tensor]:

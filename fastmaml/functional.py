@@ -163,7 +163,7 @@ class _Apply(Function):
         summed = (not _any_own(problem, ws), False)
         with torch.no_grad():
             grads, grad_x = _over_tasks(problem, chunk, run, ws, (x, grad_out.contiguous()), summed)
-            out = grad_x, *_parameter_grads(problem, grads, ws)
+            out = grad_x, *_parameter_grads(problem.strided[x.element_size()], grads, ws)
         return None, *_once(out)
 
 
@@ -190,7 +190,7 @@ class _ValueAndGrad(Function):
             v = _flat(problem, vs, x)
             d = None if grad_value is None else grad_value.contiguous()
             grads, grad_x = _over_tasks(problem, chunk, run, ws, (x, t, w, d, v), summed)
-            out = grad_x, None, None, *_parameter_grads(problem, grads, ws)
+            out = grad_x, None, None, *_parameter_grads(problem.strided[x.element_size()], grads, ws)
         return None, *_once(out)
 
 
@@ -220,7 +220,7 @@ class _InnerLoop(Function):
             v = _flat(problem, vs, x)
             grads, grad_lr, grad_x = _over_tasks(problem, chunk, run, ws, (x, t, w, v), summed)
             grad_lr = None if grad_lr is None else grad_lr[0]
-            out = grad_lr, grad_x, None, None, *_parameter_grads(problem, grads, ws)
+            out = grad_lr, grad_x, None, None, *_parameter_grads(problem.strided[x.element_size()], grads, ws)
         return None, *_once(out)
 
 
@@ -242,20 +242,17 @@ class _MetaLoss(Function):
         # the gradients are all that backward reads: nothing else stays in memory
         ctx.save_for_backward(*grads)
         ctx.own, ctx.T = own, x_s.shape[0]
+        ctx.where = problem.strided[x_s.element_size()]
         return value if per_task else value.mean() if reduction == "mean" else value.sum()
 
     @staticmethod
     def backward(ctx, grad_out):
-        problem, reduction = ctx.how[0], ctx.how[-1]
-        grads, grad_lr, grad_s, grad_q = ctx.saved_tensors
-        with torch.no_grad():
-            scale = grad_out / ctx.T if reduction == "mean" else grad_out
-            grads, grad_lr, grad_s, grad_q = (_scaled(g, scale) for g in (grads, grad_lr, grad_s, grad_q))
-            if grad_lr is not None:
-                grad_lr = grad_lr[0] if grad_lr.shape[0] == 1 else grad_lr.sum(0)
-            params = _parameter_grads(problem, grads, ctx.own)
-            out = grad_lr, grad_s, None, None, grad_q, None, None, *params
-        return None, *_once(out)
+        reduction = ctx.how[-1]
+        scale = grad_out / ctx.T if reduction == "mean" else grad_out
+        grads, grad_lr, grad_s, grad_q = (_scaled(g, scale) for g in ctx.saved_tensors)
+        grad_lr = None if grad_lr is None else grad_lr.sum(0)
+        params = _parameter_grads(ctx.where, grads, ctx.own)
+        return None, *_once((grad_lr, grad_s, None, None, grad_q, None, None, *params))
 
 
 def _scaled(g: Tensor | None, scale: Tensor) -> Tensor | None:
@@ -295,31 +292,31 @@ def _any_own(problem: Problem, ws: Sequence[Tensor]) -> bool:
 def _views(problem: Problem, flat: Tensor, T: int) -> list[Tensor]:
     """[T, P] -> [T, *shape] per parameter, without copies."""
     P = flat.shape[1]
-    where = problem.strides(flat.element_size())
+    where = problem.strided[flat.element_size()]
     return [flat.as_strided((T, *shape), (P, *stride), at) for shape, stride, at in where]
 
 
 def _flat(problem: Problem, vs: Sequence[Tensor | None], x: Tensor) -> Tensor:
     """[T, *shape] or [*shape] or None (zero) per parameter -> [T, P]"""
-    flat = x.new_zeros(x.shape[0], problem.layout(x.element_size())[1])
+    flat = x.new_zeros(x.shape[0], problem.layouts[x.element_size()][1])
     for view, v in zip(_views(problem, flat, x.shape[0]), vs, strict=True):
         if v is not None:
             view.copy_(v)
     return flat
 
 
-def _parameter_grads(problem: Problem, flat: Tensor | None, ws: Sequence[Any]) -> list[Tensor | None]:
+def _parameter_grads(where: Sequence[Any], flat: Tensor | None, ws: Sequence[Any]) -> list[Tensor | None]:
     """[1 or T, P] -> each parameter's gradient: [T, *shape] where it has one per task, else summed.
 
-    ws: the parameters, or of each whether it has one per task
+    where: Problem.strided; ws: the parameters, or of each whether it has one per task
     """
     if flat is None:
         return [None] * len(ws)
-    own = [w if isinstance(w, bool) else w.dim() > len(s) for w, s in zip(ws, problem.shapes, strict=True)]
+    own = [w if isinstance(w, bool) else w.dim() > len(s) for w, (s, _, _) in zip(ws, where, strict=True)]
     if flat.shape[0] == 1 and not any(own):
-        where = problem.strides(flat.element_size())
         return [flat.as_strided(shape, stride, at) for shape, stride, at in where]
-    views = _views(problem, flat, flat.shape[0])
+    P = flat.shape[1]
+    views = [flat.as_strided((flat.shape[0], *shape), (P, *stride), at) for shape, stride, at in where]
     return [v if mine else v.sum(0) for v, mine in zip(views, own, strict=True)]
 
 

@@ -52,9 +52,18 @@ class Case:
     def leaves(self) -> dict[str, list[Tensor]]:
         """What to differentiate by, in groups that are compared at one scale."""
         lrs = self.lr if isinstance(self.lr, list) else [self.lr]
-        flat = [a for lr in lrs for a in (lr.values() if isinstance(lr, dict) else [lr]) if isinstance(a, Tensor)]
-        groups = {"params": list(self.params.values()), "lr": flat, "x_s": [self.support[0]], "x_q": [self.query[0]]}
-        return {name: kept for name, group in groups.items() if (kept := [a for a in group if a.requires_grad])}
+        flat = [
+            a for lr in lrs for a in (lr.values() if isinstance(lr, dict) else [lr]) if isinstance(a, Tensor)
+        ]
+        groups = {
+            "params": list(self.params.values()),
+            "lr": flat,
+            "x_s": [self.support[0]],
+            "x_q": [self.query[0]],
+        }
+        return {
+            name: kept for name, group in groups.items() if (kept := [a for a in group if a.requires_grad])
+        }
 
 
 @st.composite
@@ -96,7 +105,9 @@ def step_sizes(draw, params: dict[str, Tensor], steps: int, scale: float) -> Any
         if form == "tensor":
             return torch.tensor(scale, dtype=torch.float64, requires_grad=True)
         shape = (lambda p: p.shape) if form == "per element" else (lambda p: ())
-        return {n: (scale * torch.rand(shape(p), dtype=torch.float64)).requires_grad_() for n, p in params.items()}
+        return {
+            n: (scale * torch.rand(shape(p), dtype=torch.float64)).requires_grad_() for n, p in params.items()
+        }
 
     return [one() for _ in range(steps)] if draw(st.booleans()) else one()
 
@@ -109,13 +120,19 @@ def cases(draw, smooth: bool = False, norms: bool = True, max_width: int = 40) -
     steps = draw(st.sampled_from([0, 1, 1, 2, 3, 5, 10]))
     if T * steps > 100:
         steps = 1
-    N, Q = (draw(st.sampled_from([2, 3, 5, 10, 25] if batch_norm else [1, 2, 3, 5, 10, 25])) for _ in range(2))
+    N, Q = (
+        draw(st.sampled_from([2, 3, 5, 10, 25] if batch_norm else [1, 2, 3, 5, 10, 25])) for _ in range(2)
+    )
     loss = draw(st.sampled_from([MSE(), CrossEntropy(), CrossEntropy(label_smoothing=0.1)]))
     weighted = draw(st.booleans())
 
     def tasks(n: int) -> tuple[Tensor, Any]:
         x = torch.randn(T, n, I, dtype=torch.float64, requires_grad=True)
-        y = torch.randint(O, (T, n)) if isinstance(loss, CrossEntropy) else torch.randn(T, n, O, dtype=torch.float64)
+        y = (
+            torch.randint(O, (T, n))
+            if isinstance(loss, CrossEntropy)
+            else torch.randn(T, n, O, dtype=torch.float64)
+        )
         return x, (y, torch.rand(T, n, dtype=torch.float64) + 0.1) if weighted else y
 
     own = draw(st.integers(0, 3)) == 0
@@ -134,10 +151,17 @@ def gradients(value: Tensor, case: Case) -> dict[str, Tensor]:
     """{group: its gradients, flat}, zero where there is none"""
     leaves = case.leaves()
     flat = [a for group in leaves.values() for a in group]
-    grads = iter(torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else [None] * len(flat))
+    grads = iter(
+        torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else [None] * len(flat)
+    )
     result = {}
     for name, group in leaves.items():
-        result[name] = torch.cat([torch.zeros(a.numel(), dtype=a.dtype) if g is None else g.flatten() for a, g in zip(group, grads, strict=False)])
+        result[name] = torch.cat(
+            [
+                torch.zeros(a.numel(), dtype=a.dtype) if g is None else g.flatten()
+                for a, g in zip(group, grads, strict=False)
+            ]
+        )
     return result
 
 

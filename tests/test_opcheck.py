@@ -14,7 +14,8 @@ T, N, Q, K = 3, 4, 5, 2
 def _arguments(own: bool):
     model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 2))
     problem = problem_for(model, (6,), losses.MSE())
-    ints, floats = cpu._encoded(problem, torch.zeros(1))
+    assert cpu.supports(problem, torch.device("cpu"), torch.float32) is None
+    ints, floats = problem.encoded[4]
     params = [torch.randn((T, *p.shape) if own else p.shape) for p in model.parameters()]
     s, q = ((torch.randn(T, n, 6), torch.randn(T, n, 2), None) for n in (N, Q))
     v, lr = torch.randn(T, problem.layout(4)[1]), torch.full((K, 1), 0.1)

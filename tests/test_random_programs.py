@@ -18,11 +18,23 @@ BACKENDS = [
 
 
 def meta_loss(f, c: Case, **how) -> Tensor:
-    return f.meta_loss(c.model, c.params, c.support, c.query, loss=c.loss, lr=c.lr, steps=c.steps, first_order=c.first_order, **how)
+    return f.meta_loss(
+        c.model,
+        c.params,
+        c.support,
+        c.query,
+        loss=c.loss,
+        lr=c.lr,
+        steps=c.steps,
+        first_order=c.first_order,
+        **how,
+    )
 
 
 def inner_loop(f, c: Case, **how) -> Tensor:
-    fast = f.inner_loop(c.model, c.params, *c.support, loss=c.loss, lr=c.lr, steps=c.steps, first_order=c.first_order, **how)
+    fast = f.inner_loop(
+        c.model, c.params, *c.support, loss=c.loss, lr=c.lr, steps=c.steps, first_order=c.first_order, **how
+    )
     return sum(_mix(w) for w in fast.values())
 
 
@@ -49,7 +61,10 @@ def conditioning(function, c: Case, how: dict) -> float:
     generator = torch.Generator().manual_seed(0)
     moved = Case(**vars(c))
     moved.params = {
-        n: (p.detach() * (1 + 1e-13 * torch.randn(p.shape, generator=generator, dtype=p.dtype))).requires_grad_() for n, p in c.params.items()
+        n: (
+            p.detach() * (1 + 1e-13 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        ).requires_grad_()
+        for n, p in c.params.items()
     }
     after = _everything(function, reference, moved, how)
     return max(error(after[n], before[n]) for n in before) / 1e-13
@@ -72,8 +87,12 @@ def test_float64(backend: str, case: Case, function, knobs: bool) -> None:
     truth = _everything(function, reference, case, how)
     actual = _everything(function, functional, case, {**how, "backend": backend})
     errors = {n: error(actual[n], truth[n]) for n in truth}
-    if max(errors.values()) > 1e-10:  # only an ill-conditioned draw may be further away, and only by its conditioning
-        assert max(errors.values()) < 100 * torch.finfo(torch.float64).eps * conditioning(function, case, how), errors
+    if (
+        max(errors.values()) > 1e-10
+    ):  # only an ill-conditioned draw may be further away, and only by its conditioning
+        assert max(errors.values()) < 100 * torch.finfo(torch.float64).eps * conditioning(
+            function, case, how
+        ), errors
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,7 +122,7 @@ def test_hvp(backend: str, case: Case) -> None:
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
-def test_cpu_is_bitwise_reproducible_whatever_the_threads(  # noqa: D103
+def test_cpu_is_bitwise_reproducible_whatever_the_threads(
 ) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 40), torch.nn.ReLU(), torch.nn.Linear(40, 2))

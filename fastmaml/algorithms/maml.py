@@ -37,7 +37,7 @@ class MAML(nn.Module):
         return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}"
 
     def forward(self, x_support: Tensor, y_support, x_query: Tensor, y_query) -> Tensor:
-        """The meta-loss, mean over tasks, to call `.backward()` on. x [T, N, ..]; y may be (target, weight)."""
+        """The meta-loss, mean over tasks, to call `.backward()` on. x [T, N, ..]; y or (y, weight)."""
         params = dict(self.model.named_parameters())
         return functional.meta_loss(
             self.model, params, (x_support, y_support), (x_query, y_query),

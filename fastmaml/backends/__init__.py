@@ -31,12 +31,10 @@ class Problem:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     adapt: tuple[bool, ...]  # False: frozen, the inner loop leaves it
-    encoded: dict[int, Any] = field(
-        default_factory=dict
-    )  # the program as the cpu backend passes it on, by itemsize
-    # by itemsize, made beforehand: torch.compile can read such a dict but not fill one
-    layouts: dict[int, Any] = field(default_factory=dict)
-    strided: dict[int, Any] = field(default_factory=dict)
+    # by itemsize, made beforehand: torch.compile can read such a dict, but not fill one nor call a method here
+    encoded: dict[int, Any] = field(default_factory=dict)  # the program as the cpu backend passes it on
+    layouts: dict[int, Any] = field(default_factory=dict)  # see layout()
+    strided: dict[int, Any] = field(default_factory=dict)  # (shape, stride, offset) of each parameter
     memo: dict[Any, Any] = field(default_factory=dict)  # what backends derive from the rest
 
     @property
@@ -48,10 +46,6 @@ class Problem:
     def layout(self, itemsize: int) -> tuple[tuple[int, ...], int]:
         """Each parameter's offset in the flat vector, a multiple of 64 bytes, and the vector's length P."""
         return self.layouts[itemsize]
-
-    def strides(self, itemsize: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
-        """(shape, stride, offset) of each parameter in the flat parameter vector."""
-        return self.strided[itemsize]
 
     def __post_init__(self) -> None:
         strides = [tuple(math.prod(s[i + 1 :]) for i in range(len(s))) for s in self.shapes]

@@ -66,6 +66,8 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
         return "the loss is a callable; it knows MSE and CrossEntropy"
     if isinstance(problem.loss, CrossEntropy) and len(problem.program.buffers[problem.program.output]) != 1:
         return "cross entropy takes outputs [N, C] here"
+    if not problem.encoded:  # here, where torch.compile does not look on
+        problem.encoded.update({itemsize: _encode(problem, itemsize) for itemsize in (4, 8)})
     return None
 
 
@@ -108,7 +110,14 @@ def _encode(problem: "Problem", itemsize: int) -> Encoded:
     matrices = {op.params[0] for _, op in ops if op.name == "linear"}
     offsets, size = problem.layout(itemsize)
 
-    ints = [len(program.buffers), len(problem.names), len(ops), program.output, size, _LOSSES[type(problem.loss)]]
+    ints = [
+        len(program.buffers),
+        len(problem.names),
+        len(ops),
+        program.output,
+        size,
+        _LOSSES[type(problem.loss)],
+    ]
     floats = [float(getattr(problem.loss, "label_smoothing", 0.0))]
     for b, shape in enumerate(program.buffers):
         ints += (0, 1) if b in unused else _rows_and_columns(shape)
@@ -118,7 +127,15 @@ def _encode(problem: "Problem", itemsize: int) -> Encoded:
     for i, op in ops:
         w, b = (-1 if p is None else index[p] for p in (*op.params, None, None)[:2])
         inputs = (*op.inputs, -1)[:2]
-        ints += (_KINDS[op.name], *inputs, outputs.get(i, op.output), w, b, int(i in slopes), int(inputs[0] in masks))
+        ints += (
+            _KINDS[op.name],
+            *inputs,
+            outputs.get(i, op.output),
+            w,
+            b,
+            int(i in slopes),
+            int(inputs[0] in masks),
+        )
         floats += (_attribute(op), slopes.get(i, 0.0), masks.get(inputs[0], 0.0))
     return ints, floats
 
@@ -128,10 +145,7 @@ def _attribute(op: Op) -> float:
 
 
 def _encoded(problem: "Problem", x: Tensor) -> Encoded:
-    key = "encoded", x.element_size()
-    if key not in problem.memo:
-        problem.memo[key] = _encode(problem, x.element_size())
-    return problem.memo[key]
+    return problem.encoded[x.element_size()]
 
 
 def _maybe(t: Tensor, wanted: bool) -> Tensor | None:
@@ -155,7 +169,9 @@ def value_and_grad(problem, params, x, y):
 
 def value_and_grad_backward(problem, params, x, y, grad_loss, v, *, needs, per_task=False):
     want = "x" in needs
-    out = torch.ops.fastmaml.value_and_grad_backward(params, x, *y, grad_loss, v, *_encoded(problem, x), per_task, want)
+    out = torch.ops.fastmaml.value_and_grad_backward(
+        params, x, *y, grad_loss, v, *_encoded(problem, x), per_task, want
+    )
     return out[0], _maybe(out[1], want)
 
 
@@ -176,7 +192,18 @@ def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkp
     (x_s, y_s), (x_q, y_q) = support, query
     want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
     loss, *grads = torch.ops.fastmaml.meta_loss(
-        params, lr, x_s, *y_s, x_q, *y_q, *_encoded(problem, x_s), steps, first_order, checkpoint_every or 0, per_task, *want
+        params,
+        lr,
+        x_s,
+        *y_s,
+        x_q,
+        *y_q,
+        *_encoded(problem, x_s),
+        steps,
+        first_order,
+        checkpoint_every or 0,
+        per_task,
+        *want,
     )
     grads, grad_lr, *grad_x = map(_maybe, grads, want)
     return loss, grads, _over_tasks(grad_lr, per_task), *grad_x
@@ -226,7 +253,22 @@ def _register_fakes() -> None:
         return x.new_empty(x.shape[0], ints[4])
 
     @fake("fastmaml::inner_loop_backward")
-    def _(params, lr, x, y, weight, v, ints, floats, steps, first_order, checkpoint_every, grad_params, grad_lr, grad_x):
+    def _(
+        params,
+        lr,
+        x,
+        y,
+        weight,
+        v,
+        ints,
+        floats,
+        steps,
+        first_order,
+        checkpoint_every,
+        grad_params,
+        grad_lr,
+        grad_x,
+    ):
         rows = _rows(params, ints, x.shape[0], False)
         lr_grad = _like(x, grad_lr and steps > 0, (rows, steps, lr.shape[1]))
         return _like(x, grad_params, (rows, ints[4])), lr_grad, _like(x, grad_x, x.shape)
@@ -235,8 +277,16 @@ def _register_fakes() -> None:
     def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, ints, floats, steps, first_order, checkpoint_every, per_task,
           grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
         rows = _rows(params, ints, x_s.shape[0], per_task)
-        grads = _like(x_s, grad_params, (rows, ints[4])), _like(x_s, grad_lr and steps > 0, (rows, steps, lr.shape[1]))
-        return x_s.new_empty(x_s.shape[0]), *grads, _like(x_s, grad_x_s, x_s.shape), _like(x_q, grad_x_q, x_q.shape)
+        grads = (
+            _like(x_s, grad_params, (rows, ints[4])),
+            _like(x_s, grad_lr and steps > 0, (rows, steps, lr.shape[1])),
+        )
+        return (
+            x_s.new_empty(x_s.shape[0]),
+            *grads,
+            _like(x_s, grad_x_s, x_s.shape),
+            _like(x_q, grad_x_q, x_q.shape),
+        )
 
 
 if _C is not None:

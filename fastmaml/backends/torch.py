@@ -97,7 +97,7 @@ def value_and_grad(problem, params, x, y):
 
 @cache
 def _prepare_jvp() -> None:
-    """The first jvp compiles torch's own formulas by torch.jit.script, and warns of that: no doing of the user."""
+    """The first jvp compiles torch's formulas by torch.jit.script, and warns of it: no doing of the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
