@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="meta-train MAML and evaluate it on held-out tasks")
     tasks = train.add_subparsers(dest="task", required=True)
     sine = tasks.add_parser("sine", help="regression of sine waves, 40-40 ReLU network", **shown)
-    # cosine decay from 3e-3 is better after 20000 steps than the paper's constant 1e-3 after 70000
+    # not the schedule of the paper; why this one: META_LR in demo.py
     numbers: Any = {
         "inner_lr": 0.01,
         "eval_steps": 10,

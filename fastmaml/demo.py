@@ -18,7 +18,9 @@ from fastmaml.train import Training
 
 SHOWN = (0, 1, 5, 10)
 TASKS, INNER_LR, TEST_TASKS = 25, 0.01, 1000
-META_LR = 3e-3  # with the cosine decay 20000 steps do better than the paper's 70000 at 1e-3
+META_LR = (
+    3e-3  # with cosine decay over 20000 steps 1e-3 stopped short: 0.74 after one step, against 0.60 (K = 5)
+)
 # Finn, Abbeel, Levine 2017, Table 2: mean query MSE for K = 5 after 1, 5, 10 steps
 PAPER = {"MAML": (None, 0.67, 0.38, 0.35), "pretrained": (None, 2.41, 2.23, 2.19)}
 
