@@ -122,8 +122,8 @@ def test_first_order_takes_every_inner_gradient_as_a_constant(model):
     _, v = reference.value_and_grad(model, fast, *query, loss="mse")
     _, g = reference.value_and_grad(model, params, x_s, y_s, loss="mse")
     inputs = [*params.values(), lr, x_s]
-    optional = {"allow_unused": True, "materialize_grads": True}
-    *grads, grad_lr, grad_x = torch.autograd.grad(meta_loss(), inputs, **optional)
+    found = torch.autograd.grad(meta_loss(), inputs, allow_unused=True, materialize_grads=True)
+    *grads, grad_lr, grad_x = found
     for a, n in zip(grads, params, strict=True):
         torch.testing.assert_close(a, v[n].sum(0))
     torch.testing.assert_close(grad_lr, -sum((v[n] * g[n]).sum() for n in params))
@@ -139,6 +139,7 @@ def test_batch_norm_uses_the_statistics_of_the_set_and_keeps_none(training):
         expected = (x[t] - x[t].mean(0)) / (x[t].var(0, correction=0) + norm.eps).sqrt()
         torch.testing.assert_close(out[t], expected)
     assert norm.num_batches_tracked == 0
+    assert norm.running_mean is not None
     assert not norm.running_mean.any()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         reference.apply(norm, dict(norm.named_parameters()), x[:, :1])
@@ -200,6 +201,6 @@ def test_losses_are_named_or_callable():
     with pytest.raises(ValueError, match="cross_entropy"):
         resolve("hinge")
     with pytest.raises(TypeError, match="int"):
-        resolve(3)
+        resolve(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
         CrossEntropy(2)
