@@ -138,8 +138,7 @@ def test_without_a_wanted_gradient_there_is_none(model):
 
 def test_strided_inputs_and_a_changed_model():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
-    params = dict(model.named_parameters())
-    params["0.weight"] = params["0.weight"].t()
+    params = dict(model.named_parameters()) | {"0.weight": model.get_parameter("0.weight").t()}
     x = torch.randn(4, T, 5, dtype=torch.float64).permute(1, 2, 0)
 
     def apply():
