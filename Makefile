@@ -8,6 +8,7 @@ ARGS ?=
 V := .venv
 PIP := $(V)/bin/python -m pip install --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+BENCH_SUITES := $(wildcard bench/test_*.py)
 CPP_TESTS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/test_*.cpp))
 
 # torch finds ninja by PATH
@@ -44,8 +45,8 @@ demo: setup
 	$(V)/bin/fastmaml demo $(ARGS)
 
 bench: setup $(V)/.bench
-	$(V)/bin/python -m pytest bench --benchmark-autosave --benchmark-storage=bench/results/benchmarks $(ARGS)
-	$(V)/bin/python -m bench.meta_step sine omniglot-mlp
+	$(if $(BENCH_SUITES),$(V)/bin/python -m pytest $(BENCH_SUITES) --benchmark-autosave --benchmark-storage=bench/results/benchmarks)
+	$(V)/bin/python -m bench.meta_step $(or $(ARGS),sine omniglot-mlp)
 
 lint: setup $(V)/.dev
 	$(V)/bin/ruff check .
@@ -82,7 +83,7 @@ check-wheel: wheel
 	@for torch in $(CHECK_TORCH); do \
 	  dir=build/check-$$torch; \
 	  echo "== the wheel on torch $$torch"; \
-	  rm -rf $$dir/tree && mkdir -p $$dir/tree && cp -r tests docs pyproject.toml $$dir/tree && \
+	  rm -rf $$dir/tree && mkdir -p $$dir/tree && cp -r tests docs bench pyproject.toml $$dir/tree && \
 	  { [ -x $$dir/bin/python ] || $(PYTHON) -m venv $$dir; } && \
 	  $$dir/bin/python -m pip install --disable-pip-version-check --quiet "torch==$$torch" "$$(ls dist/*.whl)[test]" && \
 	  $$dir/bin/python -m pip install --disable-pip-version-check --quiet --force-reinstall --no-deps dist/*.whl && \
