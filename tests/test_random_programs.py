@@ -3,18 +3,27 @@
 import pytest
 import torch
 from cases import Case, cases, error, gradients
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmaml import functional, reference
 from fastmaml.backends import cpu
 
-CHECK = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False)
+# no shrinking: a draw is a whole network with its tasks, and costs a second in the reference
+CHECK = settings(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+    phases=[Phase.explicit, Phase.generate],
+)
 BACKENDS = [
     pytest.param("cpu", marks=pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")),
     "torch",
 ]
+# a draw costs the torch backend many times what it costs the cpu one
+SHARE = {"cpu": 1.0, "torch": 0.15}
 
 
 def meta_loss(f, c: Case, **how) -> Tensor:
@@ -76,54 +85,64 @@ def _everything(function, f, c: Case, how: dict) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(CHECK, max_examples=300)
-@given(case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans())
-def test_float64(backend: str, case: Case, function, knobs: bool) -> None:
-    how: dict = {"chunk_tasks": 2} if knobs else {}
-    if knobs and function in (meta_loss, inner_loop):
-        how["checkpoint_every"] = 2
-    if function is meta_loss:
-        how["reduction"] = "sum"
-    truth = _everything(function, reference, case, how)
-    actual = _everything(function, functional, case, {**how, "backend": backend})
-    errors = {n: error(actual[n], truth[n]) for n in truth}
-    if (
-        max(errors.values()) > 1e-10
-    ):  # only an ill-conditioned draw may be further away, and only by its conditioning
-        assert max(errors.values()) < 100 * torch.finfo(torch.float64).eps * conditioning(
-            function, case, how
-        ), errors
+def test_float64(backend: str) -> None:
+    @settings(CHECK, max_examples=int(300 * SHARE[backend]))
+    @given(case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans())
+    def check(case: Case, function, knobs: bool) -> None:
+        how: dict = {"chunk_tasks": 2} if knobs else {}
+        if knobs and function in (meta_loss, inner_loop):
+            how["checkpoint_every"] = 2
+        if function is meta_loss:
+            how["reduction"] = "sum"
+        truth = _everything(function, reference, case, how)
+        actual = _everything(function, functional, case, {**how, "backend": backend})
+        errors = {n: error(actual[n], truth[n]) for n in truth}
+        if (
+            max(errors.values()) > 1e-10
+        ):  # only an ill-conditioned draw may be further away, and only by its conditioning
+            assert max(errors.values()) < 100 * torch.finfo(torch.float64).eps * conditioning(
+                function, case, how
+            ), errors
+
+    check()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(CHECK, max_examples=60)
-@given(case=cases(smooth=True, norms=False, max_width=24))
-def test_float32_is_as_accurate_as_the_reference(backend: str, case: Case) -> None:
-    truth = _everything(meta_loss, reference, case, {})
-    single = case.to(torch.float32)
-    case.model.float()
-    same = _everything(meta_loss, reference, single, {})
-    actual = _everything(meta_loss, functional, single, {"backend": backend})
-    for n in truth:
-        floor = 16 * torch.finfo(torch.float32).eps
-        assert error(actual[n], truth[n]) <= 2 * error(same[n], truth[n]) + floor, n
+def test_float32_is_as_accurate_as_the_reference(backend: str) -> None:
+    @settings(CHECK, max_examples=int(60 * SHARE[backend]))
+    @given(case=cases(smooth=True, norms=False, max_width=24))
+    def check(case: Case) -> None:
+        truth = _everything(meta_loss, reference, case, {})
+        single = case.to(torch.float32)
+        case.model.float()
+        same = _everything(meta_loss, reference, single, {})
+        actual = _everything(meta_loss, functional, single, {"backend": backend})
+        for n in truth:
+            floor = 16 * torch.finfo(torch.float32).eps
+            assert error(actual[n], truth[n]) <= 2 * error(same[n], truth[n]) + floor, n
+
+    check()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(CHECK, max_examples=40)
-@given(case=cases())
-def test_hvp(backend: str, case: Case) -> None:
-    v = {n: torch.randn_like(p).detach() for n, p in case.params.items()}
-    call = dict(model=case.model, params=case.params, v=v, x=case.query[0], y=case.query[1], loss=case.loss)
-    truth, actual = reference.hvp(**call), functional.hvp(**call, backend=backend)
-    scale = max(float(a.detach().abs().max()) for a in truth.values())
-    for n in truth:
-        assert float((actual[n] - truth[n]).abs().max()) <= 1e-10 * scale + 1e-12, n
+def test_hvp(backend: str) -> None:
+    @settings(CHECK, max_examples=int(40 * SHARE[backend]))
+    @given(case=cases())
+    def check(case: Case) -> None:
+        v = {n: torch.randn_like(p).detach() for n, p in case.params.items()}
+        call = dict(
+            model=case.model, params=case.params, v=v, x=case.query[0], y=case.query[1], loss=case.loss
+        )
+        truth, actual = reference.hvp(**call), functional.hvp(**call, backend=backend)
+        scale = max(float(a.detach().abs().max()) for a in truth.values())
+        for n in truth:
+            assert float((actual[n] - truth[n]).detach().abs().max()) <= 1e-10 * scale + 1e-12, n
+
+    check()
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
-def test_cpu_is_bitwise_reproducible_whatever_the_threads(
-) -> None:
+def test_cpu_is_bitwise_reproducible_whatever_the_threads() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 40), torch.nn.ReLU(), torch.nn.Linear(40, 2))
     params = dict(model.named_parameters())
