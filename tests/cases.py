@@ -25,7 +25,7 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
-@dataclass
+@dataclass(repr=False)
 class Case:
     """One draw: a float64 model, its tasks, step sizes; `to` gives the same in another dtype."""
 
@@ -37,6 +37,10 @@ class Case:
     lr: Any
     steps: int
     first_order: bool
+
+    def __repr__(self) -> str:
+        sizes = [tuple(x.shape) for x, _ in (self.support, self.query)]
+        return f"Case({self.model}, {sizes}, {self.loss}, steps={self.steps}, first_order={self.first_order})"
 
     def to(self, dtype: torch.dtype) -> "Case":
         def cast(a):
