@@ -6,7 +6,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
-#include <tuple>
 
 #include "cpu/request.h"
 
@@ -25,18 +24,22 @@ class Builder {
  public:
   Request q;
 
-  Builder(const Tensors& params, const Tensor& x, const Ints& ints, const Floats& floats, Tail tail) : like_(x) {
+  Builder(const Tensors& params, const Tensor& x, const Ints& ints, const Floats& floats, Tail tail)
+      : like_(x) {
     q.program = decode(ints, floats);
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, "x must be float32 or float64");
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                    "x must be float32 or float64");
     q.is_double = x.scalar_type() == ScalarType::Double;
     q.tail = tail;
     q.T = x.size(0);
     q.threads = static_cast<int>(torch::stable::get_num_threads());
-    STD_TORCH_CHECK(params.size() == q.program.params.size(), "expected ", q.program.params.size(), " parameters, got ", params.size());
+    STD_TORCH_CHECK(params.size() == q.program.params.size(), "expected ", q.program.params.size(),
+                    " parameters, got ", params.size());
     for (std::size_t i = 0; i < params.size(); ++i) {
       const Param& p = q.program.params[i];
       const int64_t size = p.O * p.I, got = params[i].numel();
-      STD_TORCH_CHECK(got == size || got == q.T * size, "parameter ", i, " must have ", size, " elements or ", q.T, " times as many, got ", got);
+      STD_TORCH_CHECK(got == size || got == q.T * size, "parameter ", i, " must have ", size, " elements or ",
+                      q.T, " times as many, got ", got);
       q.params.push_back(data(params[i], "a parameter"));
       q.own.push_back(got != size);
       any_own_ |= got != size;
@@ -46,7 +49,8 @@ class Builder {
   Set set(const Tensor& x, const Tensor* y, const MaybeTensor& weight) {
     Set s;
     const Buffer& in = q.program.buffers[0];
-    STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == q.T && x.numel() == q.T * x.size(1) * in.R * in.C, "x does not fit the program");
+    STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == q.T && x.numel() == q.T * x.size(1) * in.R * in.C,
+                    "x does not fit the program");
     s.n = x.size(1);
     s.x = data(x, "x");
     if (y) {
@@ -67,8 +71,9 @@ class Builder {
   }
 
   const void* data(const Tensor& t, const char* name, bool labels = false) {
-    STD_TORCH_CHECK(t.scalar_type() == (labels ? ScalarType::Long : like_.scalar_type()), name, " has the wrong dtype");
-    kept_.push_back(torch::stable::contiguous(t));
+    STD_TORCH_CHECK(t.scalar_type() == (labels ? ScalarType::Long : like_.scalar_type()), name,
+                    " has the wrong dtype");
+    kept_.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
     return kept_.back().const_data_ptr();
   }
 
@@ -76,31 +81,29 @@ class Builder {
     q.K = steps;
     if (steps == 0) return;
     q.S = lr.size(1);
-    STD_TORCH_CHECK(lr.dim() == 2 && lr.size(0) == steps && (q.S == 1 || q.S == static_cast<int64_t>(q.params.size()) || q.S == q.program.P),
+    STD_TORCH_CHECK(lr.dim() == 2 && lr.size(0) == steps &&
+                        (q.S == 1 || q.S == static_cast<int64_t>(q.params.size()) || q.S == q.program.P),
                     "lr must have shape [steps, 1], [steps, parameters] or [steps, ", q.program.P, "]");
     q.lr = data(lr, "lr");
   }
 
-  // An output, or an empty tensor where it is not wanted.
-  Tensor output(bool wanted, std::vector<int64_t> shape, void** at) {
-    if (!wanted) shape = {0};
-    Tensor t = torch::stable::new_empty(like_, shape);
-    *at = wanted ? t.mutable_data_ptr() : nullptr;
-    return t;
+  // Appends an output if it is wanted.
+  void output(Tensors& outputs, bool wanted, std::vector<int64_t> shape, void** at) {
+    if (!wanted) return;
+    outputs.push_back(torch::stable::new_empty(like_, shape));
+    *at = outputs.back().mutable_data_ptr();
   }
-  Tensor loss() { return output(true, {q.T}, &q.loss); }
-  Tensor grads(bool wanted) { return output(wanted, {rows(), q.program.P}, &q.grads); }
-  Tensor grad_like(bool wanted, const Tensor& x, void** at) {
+  void loss(Tensors& outputs) { output(outputs, true, {q.T}, &q.loss); }
+  void grads(Tensors& outputs, bool wanted) { output(outputs, wanted, {rows(), q.program.P}, &q.grads); }
+  void grad_lr(Tensors& outputs, bool wanted) {
+    output(outputs, wanted && q.K > 0, {rows(), q.K, q.S}, &q.grad_lr);
+  }
+  void grad_like(Tensors& outputs, bool wanted, const Tensor& x, void** at) {
     std::vector<int64_t> shape(x.dim());
     for (int64_t i = 0; i < x.dim(); ++i) shape[i] = x.size(i);
-    return output(wanted, shape, at);
-  }
-  Tensor grad_lr(bool wanted) {
-    Tensor t = output(wanted && q.K > 0, {rows(), q.K, q.S}, &q.grad_lr);
-    return t;
+    output(outputs, wanted, shape, at);
   }
   void split_tasks(bool per_task) { q.per_task = per_task || any_own_; }
-  bool any_own() const { return any_own_; }
 
  private:
   int64_t rows() const { return q.per_task ? q.T : 1; }
@@ -109,102 +112,130 @@ class Builder {
   bool any_own_ = false;
 };
 
-Tensor apply(Tensors params, Tensor x, Ints ints, Floats floats) {
+// Each returns what is wanted of its results, in the order of the flags.
+
+Tensors apply(Tensors params, Tensor x, Ints ints, Floats floats) {
   Builder b(params, x, ints, floats, Tail::output);
   b.q.query = b.set(x, nullptr, {});
   const Buffer& out = b.q.program.buffers[b.q.program.output];
-  Tensor y = b.output(true, {b.q.T, b.q.query.n, out.R * out.C}, &b.q.out);
+  Tensors outputs;
+  b.output(outputs, true, {b.q.T, b.q.query.n, out.R * out.C}, &b.q.out);
   run(b.q);
-  return y;
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor> apply_backward(Tensors params, Tensor x, Tensor grad_out, Ints ints, Floats floats, bool grad_params, bool grad_x) {
+Tensors apply_backward(Tensors params, Tensor x, Tensor grad_out, Ints ints, Floats floats, bool grad_params,
+                       bool grad_x) {
   Builder b(params, x, ints, floats, Tail::output);
   b.q.query = b.set(x, nullptr, {});
   b.q.seed = b.data(grad_out, "grad_out");
   b.split_tasks(false);
-  Tensor grads = b.grads(grad_params), grad = b.grad_like(grad_x, x, &b.q.grad_x_q);
+  Tensors outputs;
+  b.grads(outputs, grad_params);
+  b.grad_like(outputs, grad_x, x, &b.q.grad_x_q);
   run(b.q);
-  return {grads, grad};
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor> value_and_grad(Tensors params, Tensor x, Tensor y, MaybeTensor weight, Ints ints, Floats floats) {
+Tensors value_and_grad(Tensors params, Tensor x, Tensor y, MaybeTensor weight, Ints ints, Floats floats) {
   Builder b(params, x, ints, floats, Tail::loss);
   b.q.query = b.set(x, &y, weight);
   b.split_tasks(true);
-  Tensor loss = b.loss(), grads = b.grads(true);
+  Tensors outputs;
+  b.loss(outputs);
+  b.grads(outputs, true);
   run(b.q);
-  return {loss, grads};
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor> value_and_grad_backward(Tensors params, Tensor x, Tensor y, MaybeTensor weight, MaybeTensor grad_loss, Tensor v,
-                                                   Ints ints, Floats floats, bool per_task, bool grad_x) {
+Tensors value_and_grad_backward(Tensors params, Tensor x, Tensor y, MaybeTensor weight, MaybeTensor grad_loss,
+                                Tensor v, Ints ints, Floats floats, bool per_task, bool grad_params,
+                                bool grad_x) {
   Builder b(params, x, ints, floats, Tail::curvature);
   b.q.query = b.set(x, &y, weight);
   if (grad_loss) b.q.grad_loss = b.data(*grad_loss, "grad_loss");
   b.q.seed = b.data(v, "v");
   b.split_tasks(per_task);
-  Tensor grads = b.grads(true), grad = b.grad_like(grad_x, x, &b.q.grad_x_q);
+  Tensors outputs;
+  b.grads(outputs, grad_params);
+  b.grad_like(outputs, grad_x, x, &b.q.grad_x_q);
   run(b.q);
-  return {grads, grad};
+  return outputs;
 }
 
-Tensor inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Ints ints, Floats floats, int64_t steps) {
+Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Ints ints,
+                   Floats floats, int64_t steps) {
   Builder b(params, x, ints, floats, Tail::weights);
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
-  Tensor out = b.output(true, {b.q.T, b.q.program.P}, &b.q.out);
+  Tensors outputs;
+  b.output(outputs, true, {b.q.T, b.q.program.P}, &b.q.out);
   run(b.q);
-  return out;
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor> inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Tensor v, Ints ints,
-                                                       Floats floats, int64_t steps, bool first_order, int64_t checkpoint_every,
-                                                       bool grad_params, bool grad_lr, bool grad_x) {
+Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Tensor v,
+                            Ints ints, Floats floats, int64_t steps, bool first_order,
+                            int64_t checkpoint_every, bool grad_params, bool grad_lr, bool grad_x) {
   Builder b(params, x, ints, floats, Tail::weights);
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
   b.q.seed = b.data(v, "v");
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;
   b.split_tasks(false);
-  Tensor grads = b.grads(grad_params), grad_step = b.grad_lr(grad_lr), grad = b.grad_like(grad_x, x, &b.q.grad_x_s);
+  Tensors outputs;
+  b.grads(outputs, grad_params);
+  b.grad_lr(outputs, grad_lr);
+  b.grad_like(outputs, grad_x, x, &b.q.grad_x_s);
   run(b.q);
-  return {grads, grad_step, grad};
+  return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s,
-                                                             Tensor x_q, Tensor y_q, MaybeTensor weight_q, Ints ints, Floats floats,
-                                                             int64_t steps, bool first_order, int64_t checkpoint_every, bool per_task,
-                                                             bool grad_params, bool grad_lr, bool grad_x_s, bool grad_x_q) {
+Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s, Tensor x_q,
+                  Tensor y_q, MaybeTensor weight_q, Ints ints, Floats floats, int64_t steps, bool first_order,
+                  int64_t checkpoint_every, bool per_task, bool grad_params, bool grad_lr, bool grad_x_s,
+                  bool grad_x_q) {
   Builder b(params, x_s, ints, floats, Tail::loss);
   b.q.support = b.set(x_s, &y_s, weight_s);
   b.q.query = b.set(x_q, &y_q, weight_q);
   b.set_lr(lr, steps);
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;
   b.split_tasks(per_task);
-  Tensor loss = b.loss(), grads = b.grads(grad_params), grad_step = b.grad_lr(grad_lr);
-  Tensor grad_s = b.grad_like(grad_x_s, x_s, &b.q.grad_x_s), grad_q = b.grad_like(grad_x_q, x_q, &b.q.grad_x_q);
+  Tensors outputs;
+  b.loss(outputs);
+  b.grads(outputs, grad_params);
+  b.grad_lr(outputs, grad_lr);
+  b.grad_like(outputs, grad_x_s, x_s, &b.q.grad_x_s);
+  b.grad_like(outputs, grad_x_q, x_q, &b.q.grad_x_q);
   run(b.q);
-  return {loss, grads, grad_step, grad_s, grad_q};
+  return outputs;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastmaml, m) {
-  m.def("apply(Tensor[] params, Tensor x, int[] ints, float[] floats) -> Tensor");
-  m.def("apply_backward(Tensor[] params, Tensor x, Tensor grad_out, int[] ints, float[] floats, bool grad_params, bool grad_x) -> (Tensor, Tensor)");
-  m.def("value_and_grad(Tensor[] params, Tensor x, Tensor y, Tensor? weight, int[] ints, float[] floats) -> (Tensor, Tensor)");
+  m.def("apply(Tensor[] params, Tensor x, int[] ints, float[] floats) -> Tensor[]");
   m.def(
-      "value_and_grad_backward(Tensor[] params, Tensor x, Tensor y, Tensor? weight, Tensor? grad_loss, Tensor v, int[] ints, "
-      "float[] floats, bool per_task, bool grad_x) -> (Tensor, Tensor)");
-  m.def("inner_loop(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, int[] ints, float[] floats, int steps) -> Tensor");
+      "apply_backward(Tensor[] params, Tensor x, Tensor grad_out, int[] ints, float[] floats, "
+      "bool grad_params, bool grad_x) -> Tensor[]");
   m.def(
-      "inner_loop_backward(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, Tensor v, int[] ints, float[] floats, "
-      "int steps, bool first_order, int checkpoint_every, bool grad_params, bool grad_lr, bool grad_x) -> (Tensor, Tensor, Tensor)");
+      "value_and_grad(Tensor[] params, Tensor x, Tensor y, Tensor? weight, int[] ints, float[] floats) "
+      "-> Tensor[]");
   m.def(
-      "meta_loss(Tensor[] params, Tensor lr, Tensor x_s, Tensor y_s, Tensor? weight_s, Tensor x_q, Tensor y_q, Tensor? weight_q, "
-      "int[] ints, float[] floats, int steps, bool first_order, int checkpoint_every, bool per_task, bool grad_params, bool grad_lr, "
-      "bool grad_x_s, bool grad_x_q) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "value_and_grad_backward(Tensor[] params, Tensor x, Tensor y, Tensor? weight, Tensor? grad_loss, "
+      "Tensor v, int[] ints, float[] floats, bool per_task, bool grad_params, bool grad_x) -> Tensor[]");
+  m.def(
+      "inner_loop(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, int[] ints, "
+      "float[] floats, int steps) -> Tensor[]");
+  m.def(
+      "inner_loop_backward(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, Tensor v, "
+      "int[] ints, float[] floats, int steps, bool first_order, int checkpoint_every, bool grad_params, "
+      "bool grad_lr, bool grad_x) -> Tensor[]");
+  m.def(
+      "meta_loss(Tensor[] params, Tensor lr, Tensor x_s, Tensor y_s, Tensor? weight_s, Tensor x_q, "
+      "Tensor y_q, Tensor? weight_q, int[] ints, float[] floats, int steps, bool first_order, "
+      "int checkpoint_every, bool per_task, bool grad_params, bool grad_lr, bool grad_x_s, bool grad_x_q) "
+      "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
@@ -221,6 +252,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
 
 // `import fastmaml._C` loads the library; isa() says which instruction set it runs on.
 static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastmaml::isa().c_str()); }
-static PyMethodDef methods[] = {{"isa", isa, METH_NOARGS, "The instruction set that the kernels run on: avx2 or generic."}, {nullptr, nullptr, 0, nullptr}};
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+static PyMethodDef methods[] = {
+    {"isa", isa, METH_NOARGS, "The instruction set that the kernels run on: avx2 or generic."},
+    {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }

@@ -1,4 +1,5 @@
-// A Program as the kernels see it: numbered buffers, parameters, a flat list of ops and a loss. No torch types.
+// A Program as the kernels see it: numbered buffers, parameters, a flat list of ops and a loss. No torch
+// types.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -29,7 +30,7 @@ struct Buffer {
 struct Param {
   int64_t O, I;  // [O, I] for a matrix, [O, 1] for a vector
   bool matrix;
-  bool adapt;  // false: frozen, the inner loop leaves it
+  bool adapt;      // false: frozen, the inner loop leaves it
   int64_t offset;  // in the flat parameter vector of the Python side
 };
 
@@ -55,8 +56,8 @@ struct Program {
   double label_smoothing = 0;
 };
 
-// ints: [buffers, params, ops, output, P, loss], then R C | O I matrix adapt offset | kind in0 in1 out w b act mask
-// floats: label_smoothing, then attr slope mask_slope per op
+// ints: [buffers, params, ops, output, P, loss], then R C | O I matrix adapt offset | kind in0 in1 out w b
+// act mask floats: label_smoothing, then attr slope mask_slope per op
 template <class Ints, class Floats>
 Program decode(const Ints& ints, const Floats& floats) {
   std::size_t i = 0, f = 0;
@@ -82,7 +83,8 @@ Program decode(const Ints& ints, const Floats& floats) {
   }
   for (Op& o : p.ops) {
     o.kind = Kind(next());
-    o.in0 = next(), o.in1 = next(), o.out = next(), o.w = next(), o.b = next(), o.act = next(), o.mask = next();
+    o.in0 = next(), o.in1 = next(), o.out = next(), o.w = next(), o.b = next(), o.act = next(),
+    o.mask = next();
     o.attr = real(), o.slope = real(), o.mask_slope = real();
   }
   return p;

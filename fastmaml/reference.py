@@ -52,6 +52,16 @@ def meta_loss(
     return {"mean": value.mean, "sum": value.sum, "none": value.clone}[reduction]()
 
 
+def meta_value_and_grad(
+    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
+    backend=None, chunk_tasks=None, checkpoint_every=None,
+):  # fmt: skip
+    """The meta-loss (mean or sum over tasks) and the meta-gradient {name: as params}."""
+    how = {"loss": loss, "lr": lr, "steps": steps, "first_order": first_order, "reduction": reduction}
+    g, value = grad_and_value(lambda p: meta_loss(model, p, support, query, **how))(dict(params))
+    return value.detach(), {n: a.detach() for n, a in g.items()}
+
+
 def _adapt(model, params, data, loss, lr, steps, first_order):
     """W_{k+1} = W_k - lr_k g_k for one task. Parameters that the model has frozen stay as they are."""
     frozen = {n: params[n] for n, p in model.named_parameters() if not p.requires_grad}

@@ -23,7 +23,7 @@ def _arguments(own: bool):
         "apply": (params, s[0], ints, floats),
         "apply_backward": (params, s[0], torch.randn(T, N, 2), ints, floats, True, True),
         "value_and_grad": (params, *s, ints, floats),
-        "value_and_grad_backward": (params, *s, torch.randn(T), v, ints, floats, False, True),
+        "value_and_grad_backward": (params, *s, torch.randn(T), v, ints, floats, False, True, True),
         "inner_loop": (params, lr, *s, ints, floats, K),
         "inner_loop_backward": (params, lr, *s, v, ints, floats, K, False, 0, True, True, True),
         "meta_loss": (params, lr, *s, *q, ints, floats, K, False, 1, False, True, True, True, False),

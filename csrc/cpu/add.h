@@ -12,7 +12,8 @@ void add_forward(const OpPlan& o, const Pass<T>& p) {
   const T* a = !Dual ? p.value(op.in0) : o.tangent_in0 ? p.t_value(op.in0) : nullptr;
   const T* b = !Dual ? p.value(op.in1) : o.tangent_in1 ? p.t_value(op.in1) : nullptr;
   T* y = Dual ? p.t_value(op.out) : p.out(op.out);
-  for (int64_t i = 0; i < size; i += lanes<T>) store(y + i, (a ? load(a + i) : Vec<T>{}) + (b ? load(b + i) : Vec<T>{}));
+  for (int64_t i = 0; i < size; i += lanes<T>)
+    store(y + i, (a ? load(a + i) : Vec<T>{}) + (b ? load(b + i) : Vec<T>{}));
 }
 
 template <bool Dual, class T>
@@ -22,7 +23,8 @@ void add_backward(const OpPlan& o, const Pass<T>& p) {
   const T* d = Dual ? p.t_grad(op.out) : p.grad(op.out);
   auto pass_on = [&](int64_t in, bool first) {
     T* dx = Dual ? p.t_grad(in) : p.grad(in);
-    for (int64_t i = 0; i < size; i += lanes<T>) store(dx + i, first ? load(d + i) : load(dx + i) + load(d + i));
+    for (int64_t i = 0; i < size; i += lanes<T>)
+      store(dx + i, first ? load(d + i) : load(dx + i) + load(d + i));
   };
   if (p.wants_grad(o.tangent_in0)) pass_on(op.in0, o.first_in0);
   if (p.wants_grad(o.tangent_in1)) pass_on(op.in1, o.first_in1);

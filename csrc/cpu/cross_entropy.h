@@ -1,4 +1,5 @@
-// L = sum_n s_n (log sum_c e^z_c - sum_c q_c z_c), q = (1 - smoothing) onehot(y) + smoothing / C, s_n = w_n / sum w (1 / N without).
+// L = sum_n s_n (log sum_c e^z_c - sum_c q_c z_c), q = (1 - smoothing) onehot(y) + smoothing / C, s_n = w_n /
+// sum w (1 / N without).
 //   grad_z = s_n (p - q), p = softmax z     t: s_n p (t_z - <p, t_z>)
 // Szegedy et al. 2016 (label smoothing, arXiv 1512.00567).
 #pragma once

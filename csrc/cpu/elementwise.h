@@ -5,7 +5,8 @@
 
 namespace fastmaml::FASTMAML_ISA {
 
-// An activation F has value(x), slopes(x, y, first, second) and the constant at_zero: is f(0) something else than 0?
+// An activation F has value(x), slopes(x, y, first, second) and the constant at_zero: is f(0) something else
+// than 0?
 template <bool Dual, class F, class T>
 void elementwise_forward(const OpPlan& o, const Pass<T>& p, const F& f) {
   constexpr int64_t W = lanes<T>;

@@ -6,7 +6,8 @@ namespace fastmaml::FASTMAML_ISA {
 
 // from rows of C numbers `ld_from` apart, R to an example, to rows of R C numbers `ld_to` apart, or back
 template <bool Back, class T>
-void flatten_copy(const Buffer& b, int64_t n, int64_t ld_rows, int64_t ld_flat, const T* from, T* to, bool add) {
+void flatten_copy(const Buffer& b, int64_t n, int64_t ld_rows, int64_t ld_flat, const T* from, T* to,
+                  bool add) {
   for (int64_t i = 0; i < n; ++i)
     for (int64_t r = 0; r < b.R; ++r) {
       const int64_t at_rows = (i * b.R + r) * ld_rows, at_flat = i * ld_flat + r * b.C;

@@ -1,4 +1,5 @@
-// The whole inner loop, tail and adjoint of a task (DESIGN: v_k = v_{k+1} - H_k (a_k v_{k+1})), for every task of a call.
+// The whole inner loop, tail and adjoint of a task (DESIGN: v_k = v_{k+1} - H_k (a_k v_{k+1})), for every
+// task of a call.
 #pragma once
 #include <memory>
 
@@ -22,18 +23,30 @@ namespace fastmaml::FASTMAML_ISA {
 // f(forward or backward of the op's kind): the one list of ops
 template <bool Dual, bool Forward, class T>
 void run_op(const OpPlan& o, const Pass<T>& p) {
-  auto elementwise = [&](const auto& f) { Forward ? elementwise_forward<Dual>(o, p, f) : elementwise_backward<Dual>(o, p, f); };
+  auto elementwise = [&](const auto& f) {
+    Forward ? elementwise_forward<Dual>(o, p, f) : elementwise_backward<Dual>(o, p, f);
+  };
   switch (o.op.kind) {
-    case Kind::linear: return Forward ? linear_forward<Dual>(o, p) : linear_backward<Dual>(o, p);
-    case Kind::batch_norm: return Forward ? batch_norm_forward<Dual>(o, p) : batch_norm_backward<Dual>(o, p);
-    case Kind::layer_norm: return Forward ? layer_norm_forward<Dual>(o, p) : layer_norm_backward<Dual>(o, p);
-    case Kind::leaky_relu: return elementwise(LeakyRelu<T>{T(o.op.attr)});
-    case Kind::tanh: return elementwise(Tanh<T>{});
-    case Kind::sigmoid: return elementwise(Sigmoid<T>{});
-    case Kind::gelu: return o.op.attr ? elementwise(GeluTanh<T>{}) : elementwise(Gelu<T>{});
-    case Kind::silu: return elementwise(Silu<T>{});
-    case Kind::add: return Forward ? add_forward<Dual>(o, p) : add_backward<Dual>(o, p);
-    case Kind::flatten: return Forward ? flatten_forward<Dual>(o, p) : flatten_backward<Dual>(o, p);
+    case Kind::linear:
+      return Forward ? linear_forward<Dual>(o, p) : linear_backward<Dual>(o, p);
+    case Kind::batch_norm:
+      return Forward ? batch_norm_forward<Dual>(o, p) : batch_norm_backward<Dual>(o, p);
+    case Kind::layer_norm:
+      return Forward ? layer_norm_forward<Dual>(o, p) : layer_norm_backward<Dual>(o, p);
+    case Kind::leaky_relu:
+      return elementwise(LeakyRelu<T>{T(o.op.attr)});
+    case Kind::tanh:
+      return elementwise(Tanh<T>{});
+    case Kind::sigmoid:
+      return elementwise(Sigmoid<T>{});
+    case Kind::gelu:
+      return o.op.attr ? elementwise(GeluTanh<T>{}) : elementwise(Gelu<T>{});
+    case Kind::silu:
+      return elementwise(Silu<T>{});
+    case Kind::add:
+      return Forward ? add_forward<Dual>(o, p) : add_backward<Dual>(o, p);
+    case Kind::flatten:
+      return Forward ? flatten_forward<Dual>(o, p) : flatten_backward<Dual>(o, p);
   }
 }
 
@@ -54,7 +67,8 @@ template <bool Dual, class T>
 double loss(const Pass<T>& p, const Set& set, int64_t t) {
   const Buffer& b = p.plan.program.buffers[p.plan.program.output];
   const T* weight = set.weight ? static_cast<const T*>(set.weight) + t * set.n : nullptr;
-  if (p.plan.program.loss == Loss::mse) return mse<Dual>(p, static_cast<const T*>(set.target) + t * set.n * b.R * b.C, weight);
+  if (p.plan.program.loss == Loss::mse)
+    return mse<Dual>(p, static_cast<const T*>(set.target) + t * set.n * b.R * b.C, weight);
   return cross_entropy<Dual>(p, static_cast<const int64_t*>(set.target) + t * set.n, weight);
 }
 
@@ -68,7 +82,8 @@ void copy_rows(int64_t rows, int64_t C, const T* from, int64_t ld_from, T* to, i
 template <class T>
 void to_slot(const Slot& s, const T* from, T* to) {
   for (int64_t r = 0; r < s.rows; ++r)
-    for (int64_t c = 0; c < s.ld; ++c) to[r * s.ld + c] = c >= s.cols ? T(0) : s.wide ? from[c * s.rows + r] : from[r * s.cols + c];
+    for (int64_t c = 0; c < s.ld; ++c)
+      to[r * s.ld + c] = c >= s.cols ? T(0) : s.wide ? from[c * s.rows + r] : from[r * s.cols + c];
 }
 
 template <class T>
@@ -84,13 +99,18 @@ struct Call {
   Plan plan;
   int64_t N, Q, K, S, every;  // every: steps between two stored W_k
   bool adjoint, keep;         // is there a sweep back; are the steps' activations and weights kept for it
-  bool scaled;                // is the tangent a_k v a copy, because a_k is not one number or v changes while it is read
+  bool scaled;  // is the tangent a_k v a copy, because a_k is not one number or v changes while it is read
   bool any_own = false;
   std::unique_ptr<T[]> theta;     // in slots, where shared by the tasks
   std::unique_ptr<T[]> minus_lr;  // [K, P] in slots: -a, where it has a number for each element
 
   explicit Call(const Request& request)
-      : q(request), plan(make_plan(request.program, lanes<T>)), N(q.support.n), Q(q.query.n), K(q.K), S(q.S) {
+      : q(request),
+        plan(make_plan(request.program, lanes<T>, 64 / sizeof(T))),
+        N(q.support.n),
+        Q(q.query.n),
+        K(q.K),
+        S(q.S) {
     every = q.checkpoint_every > 0 && q.checkpoint_every < K ? q.checkpoint_every : std::max<int64_t>(K, 1);
     adjoint = q.grads || q.grad_lr || q.grad_x_s;
     const bool second_order = !q.first_order && (q.grads || q.grad_x_s || (q.grad_lr && K > 1));
@@ -99,10 +119,12 @@ struct Call {
     for (char own : q.own) any_own |= own != 0;
     theta.reset(new T[plan.P]());
     for (std::size_t i = 0; i < q.params.size(); ++i)
-      if (!q.own[i]) to_slot(plan.slots[i], static_cast<const T*>(q.params[i]), theta.get() + plan.slots[i].offset);
+      if (!q.own[i])
+        to_slot(plan.slots[i], static_cast<const T*>(q.params[i]), theta.get() + plan.slots[i].offset);
     if (element_lr()) {
       minus_lr.reset(new T[K * plan.P]());
-      for (int64_t k = 0; k < K; ++k) flat_to_slots(static_cast<const T*>(q.lr) + k * S, minus_lr.get() + k * plan.P);
+      for (int64_t k = 0; k < K; ++k)
+        flat_to_slots(static_cast<const T*>(q.lr) + k * S, minus_lr.get() + k * plan.P);
       for (int64_t i = 0; i < K * plan.P; ++i) minus_lr[i] = -minus_lr[i];
     }
   }
@@ -112,11 +134,13 @@ struct Call {
   int64_t lr_size() const { return element_lr() ? plan.P : S; }  // of one step's gradient, inside
 
   void flat_to_slots(const T* flat, T* slots) const {
-    for (int64_t i = 0; i < n_params(); ++i) to_slot(plan.slots[i], flat + plan.program.params[i].offset, slots + plan.slots[i].offset);
+    for (int64_t i = 0; i < n_params(); ++i)
+      to_slot(plan.slots[i], flat + plan.program.params[i].offset, slots + plan.slots[i].offset);
   }
   void slots_to_flat(const T* slots, T* flat) const {
     std::memset(flat, 0, plan.program.P * sizeof(T));
-    for (int64_t i = 0; i < n_params(); ++i) from_slot(plan.slots[i], slots + plan.slots[i].offset, flat + plan.program.params[i].offset);
+    for (int64_t i = 0; i < n_params(); ++i)
+      from_slot(plan.slots[i], slots + plan.slots[i].offset, flat + plan.program.params[i].offset);
   }
   void write_lr_grad(const T* inside, T* out) const {
     for (int64_t k = 0; k < K; ++k) {
@@ -141,14 +165,23 @@ struct Worker {
   int64_t frame, clear = 0;  // floats of a support frame; floats that start as zeros
   const T* theta = nullptr;
 
-  explicit Worker(const Call<T>& call) : c(call), plan(call.plan), q(call.q), P(plan.P), N(call.N), Q(call.Q), K(call.K) {
+  explicit Worker(const Call<T>& call)
+      : c(call), plan(call.plan), q(call.q), P(plan.P), N(call.N), Q(call.Q), K(call.K) {
     const int64_t ld0 = plan.ld[0] * plan.program.buffers[0].R, steps = c.keep ? c.every : 1;
     frame = plan.frame_size(N);
     const bool dual = c.keep || q.tail == Tail::curvature;
     // frames first: they must start as zeros, for the padding
-    const int64_t sizes[] = {K > 0 ? steps * frame : 0, plan.frame_size(Q), dual ? plan.frame_size(std::max(N, Q)) : 0,
-                             K > 0 ? N * ld0 : 0, Q * ld0,
-                             P, (c.keep ? (K + c.every - 1) / c.every + 1 : 2) * P, c.keep ? (c.every - 1) * P : 0, P, P, P};
+    const int64_t sizes[] = {K > 0 ? steps * frame : 0,
+                             plan.frame_size(Q),
+                             dual ? plan.frame_size(std::max(N, Q)) : 0,
+                             K > 0 ? N * ld0 : 0,
+                             Q * ld0,
+                             P,
+                             (c.keep ? (K + c.every - 1) / c.every + 1 : 2) * P,
+                             c.keep ? (c.every - 1) * P : 0,
+                             P,
+                             P,
+                             P};
     int64_t total = 64;
     for (int i = 0; i < 11; ++i) {
       total += round_up(sizes[i], 16);
@@ -176,9 +209,16 @@ struct Worker {
   const T* weights_at(int64_t k) const { return k == 0 ? theta : weights(k); }
 
   Pass<T> support_pass(int64_t k) const {
-    return {plan, N, x_s, carve_frame(plan, N, support_frames + (c.keep ? k % c.every : 0) * frame), carve_frame(plan, N, tangent_frame.value), weights_at(k)};
+    return {plan,
+            N,
+            x_s,
+            carve_frame(plan, N, support_frames + (c.keep ? k % c.every : 0) * frame),
+            carve_frame(plan, N, tangent_frame.value),
+            weights_at(k)};
   }
-  Pass<T> query_pass() const { return {plan, Q, x_q, query_frame, carve_frame(plan, Q, tangent_frame.value), weights_at(K)}; }
+  Pass<T> query_pass() const {
+    return {plan, Q, x_q, query_frame, carve_frame(plan, Q, tangent_frame.value), weights_at(K)};
+  }
 
   const T* lr(int64_t k) const { return static_cast<const T*>(q.lr) + k * c.S; }
 
@@ -202,7 +242,8 @@ struct Worker {
     backward<false>(p);
     for (int64_t i = 0; i < c.n_params(); ++i) {  // what no gradient reaches stays as it is
       const Slot& s = plan.slots[i];
-      if (s.uses == 0 || !plan.program.params[i].adapt) std::memcpy(next + s.offset, p.w + s.offset, s.size() * sizeof(T));
+      if (s.uses == 0 || !plan.program.params[i].adapt)
+        std::memcpy(next + s.offset, p.w + s.offset, s.size() * sizeof(T));
     }
   }
 
@@ -227,11 +268,13 @@ struct Worker {
       const Slot& s = plan.slots[i];
       if (s.uses == 0 || !plan.program.params[i].adapt) continue;
       double total = 0;
-      for (int64_t j = s.offset; j < s.offset + s.size(); ++j) {
-        if (c.element_lr())
-          at[j] -= v[j] * g[j];
-        else
-          total += double(v[j]) * double(g[j]);
+      for (int64_t r = 0; r < s.rows; ++r) {
+        for (int64_t j = s.offset + r * s.ld, end = j + s.cols; j < end; ++j) {
+          if (c.element_lr())
+            at[j] -= v[j] * g[j];
+          else
+            total += double(v[j]) * double(g[j]);
+        }
       }
       if (!c.element_lr()) at[c.S == 1 ? 0 : i] -= T(total);
     }
@@ -256,7 +299,9 @@ struct Worker {
     if (!plan.tangent[plan.program.output]) return;
     loss<true>(p, q.support, t);
     backward<true>(p);
-    if (q.grad_x_s) add_x_grad(p, c.scaled ? T(-1) : p.grad_scale, p.t_grad(0), static_cast<T*>(q.grad_x_s) + t * N * x_size());
+    if (q.grad_x_s)
+      add_x_grad(p, c.scaled ? T(-1) : p.grad_scale, p.t_grad(0),
+                 static_cast<T*>(q.grad_x_s) + t * N * x_size());
   }
 
   int64_t x_size() const { return plan.program.buffers[0].R * plan.program.buffers[0].C; }
@@ -285,8 +330,10 @@ struct Worker {
     forward<false>(p);
     if (q.tail == Tail::output) {
       const int64_t b = plan.program.output;
-      if (q.out) copy_rows(p.rows(b), out.C, p.value(b), p.ld(b), static_cast<T*>(q.out) + t * out_size, out.C);
-      if (q.seed) copy_rows(p.rows(b), out.C, static_cast<const T*>(q.seed) + t * out_size, out.C, p.grad(b), p.ld(b));
+      if (q.out)
+        copy_rows(p.rows(b), out.C, p.value(b), p.ld(b), static_cast<T*>(q.out) + t * out_size, out.C);
+      if (q.seed)
+        copy_rows(p.rows(b), out.C, static_cast<const T*>(q.seed) + t * out_size, out.C, p.grad(b), p.ld(b));
     } else {
       const double value = loss<false>(p, q.query, t);
       if (q.loss) static_cast<T*>(q.loss)[t] = T(value);
@@ -317,13 +364,17 @@ struct Worker {
       std::memcpy(theta_own, theta, P * sizeof(T));
       for (std::size_t i = 0; i < q.params.size(); ++i) {
         const Param& p = plan.program.params[i];
-        if (q.own[i]) to_slot(plan.slots[i], static_cast<const T*>(q.params[i]) + t * p.O * p.I, theta_own + plan.slots[i].offset);
+        if (q.own[i])
+          to_slot(plan.slots[i], static_cast<const T*>(q.params[i]) + t * p.O * p.I,
+                  theta_own + plan.slots[i].offset);
       }
       theta = theta_own;
     }
     const Buffer& x = plan.program.buffers[0];
-    if (K > 0) copy_rows(N * x.R, x.C, static_cast<const T*>(q.support.x) + t * N * x_size(), x.C, x_s, plan.ld[0]);
-    if (q.tail != Tail::weights) copy_rows(Q * x.R, x.C, static_cast<const T*>(q.query.x) + t * Q * x_size(), x.C, x_q, plan.ld[0]);
+    if (K > 0)
+      copy_rows(N * x.R, x.C, static_cast<const T*>(q.support.x) + t * N * x_size(), x.C, x_s, plan.ld[0]);
+    if (q.tail != Tail::weights)
+      copy_rows(Q * x.R, x.C, static_cast<const T*>(q.query.x) + t * Q * x_size(), x.C, x_q, plan.ld[0]);
 
     for (int64_t k = 0; k < K; ++k) inner_step(k, t);
     tail(t);
@@ -341,13 +392,15 @@ struct Worker {
   }
 };
 
-// Tasks are run in groups, each with sums of its own, so that the result does not depend on the number of threads.
+// Tasks are run in groups, each with sums of its own, so that the result does not depend on the number of
+// threads.
 template <class T>
 void run_call(const Request& q) {
   const Call<T> c(q);
   const int64_t P = q.grads ? c.plan.P : 0, L = q.grad_lr ? c.K * c.lr_size() : 0, both = P + L;
   const bool sum_tasks = !q.per_task && both > 0;
-  const int64_t groups = sum_tasks ? std::min(q.T, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, 64)) : q.T;
+  const int64_t groups =
+      sum_tasks ? std::min(q.T, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, 64)) : q.T;
   const std::unique_ptr<T[]> sums(new T[(sum_tasks ? groups : q.threads) * both]);
   const int64_t x_size = c.plan.program.buffers[0].R * c.plan.program.buffers[0].C;
   if (q.grad_x_s) std::memset(q.grad_x_s, 0, q.T * c.N * x_size * sizeof(T));
@@ -363,7 +416,8 @@ void run_call(const Request& q) {
     T* sum = sums.get() + (sum_tasks ? j : worker) * both;
     std::fill(sum + P, sum + both, T(0));
     const int64_t begin = q.T * j / groups, end = q.T * (j + 1) / groups;
-    for (int64_t t = begin; t < end; ++t) workers[worker]->run_task(t, t == begin, P ? sum : nullptr, L ? sum + P : nullptr);
+    for (int64_t t = begin; t < end; ++t)
+      workers[worker]->run_task(t, t == begin, P ? sum : nullptr, L ? sum + P : nullptr);
     if (q.per_task) write(sum, j);
   });
   if (!sum_tasks) return;

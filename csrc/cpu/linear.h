@@ -8,14 +8,14 @@ namespace fastmaml::FASTMAML_ISA {
 
 // A [rows, K] times the matrix in `s`, transposed or not, whichever the layout makes an nn or an nt product.
 template <class T, int NP>
-void times(const Slot& s, bool transpose, int64_t rows, const T* const (&a)[NP], int64_t lda, const T* const (&w)[NP], T* y, int64_t ldy,
-           const Epilogue<T>& e) {
+void times(const Slot& s, bool transpose, int64_t rows, const T* const (&a)[NP], int64_t lda,
+           const T* const (&w)[NP], T* y, int64_t ldy, const Activate<T>& e) {
   Factors<T> f[NP];
   for (int p = 0; p < NP; ++p) f[p] = {a[p], lda, 1, w[p], s.ld};
   if (s.wide == transpose)
-    nn<T, NP>(rows, s.rows, s.ld, f, y, ldy, e);
+    nn<T, NP>(rows, s.rows, s.width, f, y, ldy, e);
   else
-    nt<T, NP>(rows, s.ld, s.rows, f, y, ldy, e);
+    nt<T, NP>(rows, s.width, s.rows, f, y, ldy, e);
 }
 
 template <bool Dual, class T>
@@ -23,7 +23,7 @@ void linear_forward(const OpPlan& o, const Pass<T>& p) {
   const Op& op = o.op;
   const Slot& s = p.plan.slots[op.w];
   const int64_t rows = p.rows(op.in0), lda = p.ld(op.in0), ldy = p.ld(op.out);
-  Epilogue<T> e;
+  Activate<T> e;
   if constexpr (!Dual) {
     e.bias = p.param(op.b);
     e.act = op.act, e.slope = op.slope;
@@ -32,20 +32,20 @@ void linear_forward(const OpPlan& o, const Pass<T>& p) {
     e.bias = p.t_param(op.b);
     if (op.act) e.mask = p.value(op.out), e.ld_mask = ldy, e.mask_slope = op.slope;
     if (o.tangent_in0)
-      times<T, 2>(s, true, rows, {p.t_value(op.in0), p.value(op.in0)}, lda, {p.param(op.w), p.t_param(op.w)}, p.t_value(op.out), ldy, e);
+      times<T, 2>(s, true, rows, {p.t_value(op.in0), p.value(op.in0)}, lda, {p.param(op.w), p.t_param(op.w)},
+                  p.t_value(op.out), ldy, e);
     else
       times<T, 1>(s, true, rows, {p.value(op.in0)}, lda, {p.t_param(op.w)}, p.t_value(op.out), ldy, e);
   }
 }
 
 template <class T, int NP>
-void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], int64_t ldx, const T* const (&d)[NP], int64_t ldd,
-                        const ParamGrad<T>& g) {
-  Epilogue<T> e;
-  e.base = g.base, e.ld_base = s.ld, e.scale = g.scale, e.scale_each = g.scale_each;
+void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], int64_t ldx,
+                        const T* const (&d)[NP], int64_t ldd, const ParamGrad<T>& g) {
   Factors<T> f[NP];
-  for (int p = 0; p < NP; ++p) f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd} : Factors<T>{d[p], 1, ldd, x[p], ldx};
-  nn<T, NP>(s.rows, rows, s.ld, f, g.dst, s.ld, e);
+  for (int p = 0; p < NP; ++p)
+    f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd} : Factors<T>{d[p], 1, ldd, x[p], ldx};
+  nn<T, NP>(s.rows, rows, s.width, f, g.dst, s.ld, Update<T>{g.base, g.scale, g.scale_each});
 }
 
 template <bool Dual, class T>
@@ -57,9 +57,9 @@ void linear_backward(const OpPlan& o, const Pass<T>& p) {
   const T* d = p.grad(op.out);
   const T* t_d = Dual ? p.t_grad(op.out) : nullptr;
   if (p.wants_grad(o.tangent_in0)) {
-    Epilogue<T> e;
+    Activate<T> e;
     T* dx = Dual ? p.t_grad(op.in0) : p.grad(op.in0);
-    if (!o.first_in0) e.base = dx, e.ld_base = ldx;
+    e.add = !o.first_in0;
     if (op.mask) e.mask = x, e.ld_mask = ldx, e.mask_slope = op.mask_slope;
     if constexpr (Dual)
       times<T, 2>(s, false, rows, {t_d, d}, ldd, {p.param(op.w), p.t_param(op.w)}, dx, ldx, e);
@@ -73,7 +73,8 @@ void linear_backward(const OpPlan& o, const Pass<T>& p) {
     else
       linear_weight_grad<T, 1>(s, rows, {x}, ldx, {Dual ? t_d : d}, ldd, g);
   }
-  if (p.wants_param_grad(op.b)) column_sum<T, 1>(rows, ldd, {{Dual ? t_d : d, nullptr}}, p.param_grad(op.b, o.first_b));
+  if (p.wants_param_grad(op.b))
+    column_sum<T, 1>(rows, ldd, {{Dual ? t_d : d, nullptr}}, p.param_grad(op.b, o.first_b));
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

@@ -1,7 +1,8 @@
 // Small dense products, the work of every linear layer: one output tile in registers, panels that stay in L1.
 //   nn   C[m, c] = sum_k A[m, k] B[k, c]      A by broadcast at any strides, B and C by rows
 //   nt   C[m, i] = sum_k A[m, k] B[i, k]      both by rows, k padded with zeros to whole vectors
-// Either may be the sum of two products (the tangent of a product is one), and ends in one epilogue.
+// Either may be the sum of two products (the tangent of a product is one), and ends as a layer's output or as
+// a parameter's.
 #pragma once
 #include "simd.h"
 
@@ -15,43 +16,73 @@ struct Factors {
   int64_t ldb;
 };
 
-// C = base + scale * C, then (leaky) relu, then the relu mask
+// A layer's output or input gradient: C = bias + products, or C + products; then (leaky) relu, or the slope
+// of the one whose output is `mask`.
 template <class T>
-struct Epilogue {
-  const T* bias = nullptr;  // [columns of C]
-  const T* base = nullptr;  // [rows, columns], may be C itself
-  int64_t ld_base = 0;
-  T scale = 1;
-  const T* scale_each = nullptr;  // [rows, columns] as base
+struct Activate {
+  const T* bias = nullptr;  // [columns]
+  bool add = false;
   bool act = false;
   T slope = 0;
-  const T* mask = nullptr;  // [rows, columns]: multiply by the slope of the relu whose output this is
+  const T* mask = nullptr;  // [rows, ld_mask]
   int64_t ld_mask = 0;
   T mask_slope = 0;
+
+  FASTMAML_INLINE Vec<T> start(int64_t c) const { return bias ? load(bias + c) : Vec<T>{}; }
+
+  // n vectors of row m from column c on
+  template <int n>
+  FASTMAML_INLINE void finish(Vec<T> (&acc)[n], int64_t m, int64_t c, T* C, int64_t ldc) const {
+    constexpr int W = lanes<T>;
+    T* out = C + m * ldc + c;
+    if (add) {
+      FASTMAML_UNROLL(j, n) { acc[j] += load(out + W * j); });
+    }
+    if (act) {
+      FASTMAML_UNROLL(j, n) { acc[j] = leaky_relu<T>(acc[j], slope); });
+    }
+    if (mask) {
+      const T* y = mask + m * ld_mask + c;
+      FASTMAML_UNROLL(j, n) { acc[j] = leaky_relu_grad<T>(acc[j], load(y + W * j), mask_slope); });
+    }
+    FASTMAML_UNROLL(j, n) { store(out + W * j, acc[j]); });
+  }
 };
 
-template <class T, class V, class Load>
-FASTMAML_INLINE V finish(V acc, int64_t m, int64_t c, const Epilogue<T>& e, Load read) {
-  if (e.base) {
-    const V base = read(e.base + m * e.ld_base + c);
-    acc = e.scale_each ? base + read(e.scale_each + m * e.ld_base + c) * acc : base + e.scale * acc;
-  } else if (e.scale_each) {
-    acc = read(e.scale_each + m * e.ld_base + c) * acc;
-  } else if (e.scale != T(1)) {
-    acc = e.scale * acc;
-  }
-  if (e.act) acc = acc < T(0) ? acc * e.slope : acc;
-  if (e.mask) acc = read(e.mask + m * e.ld_mask + c) > T(0) ? acc : acc * e.mask_slope;
-  return acc;
-}
+// A parameter's: C = base + scale * products, each number with a scale of its own if there is `scale_each`
+template <class T>
+struct Update {
+  const T* base;  // as C, may be C; null: 0
+  T scale;
+  const T* scale_each;  // as C
 
-template <class T, int MR, int NV, int NP>
-FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t c, T* C, int64_t ldc, const Epilogue<T>& e) {
+  FASTMAML_INLINE Vec<T> start(int64_t) const { return Vec<T>{}; }
+
+  template <int n>
+  FASTMAML_INLINE void finish(Vec<T> (&acc)[n], int64_t m, int64_t c, T* C, int64_t ldc) const {
+    constexpr int W = lanes<T>;
+    const int64_t at = m * ldc + c;
+    if (scale_each) {
+      FASTMAML_UNROLL(j, n) { acc[j] *= load(scale_each + at + W * j); });
+    } else if (!base) {
+      FASTMAML_UNROLL(j, n) { acc[j] *= scale; });
+    }
+    if (base) {
+      const Vec<T> s = splat(scale_each ? T(1) : scale);
+      FASTMAML_UNROLL(j, n) { acc[j] = load(base + at + W * j) + s * acc[j]; });
+    }
+    FASTMAML_UNROLL(j, n) { store(C + at + W * j, acc[j]); });
+  }
+};
+
+template <class T, int MR, int NV, int NP, class End>
+FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t c, T* C, int64_t ldc,
+                             const End& e) {
   using V = Vec<T>;
   constexpr int W = lanes<T>;
   V acc[MR][NV];
   FASTMAML_UNROLL(j, NV) {
-    const V start = e.bias ? load(e.bias + c + W * j) : V{};
+    const V start = e.start(c + W * j);
     FASTMAML_UNROLL(i, MR) { acc[i][j] = start; });
   });
   FASTMAML_UNROLL(p, NP) {
@@ -60,17 +91,14 @@ FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
     const T* b = f[p].b + c;
     for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
       V bv[NV];
-      FASTMAML_UNROLL(j, NV) { bv[j] = load(b + W * j); });
+      FASTMAML_UNROLL(j, NV) { bv[j] = in_register(load(b + W * j)); });
       FASTMAML_UNROLL(i, MR) {
         const V av = splat(a[i * a_row]);
         FASTMAML_UNROLL(j, NV) { acc[i][j] += av * bv[j]; });
       });
     }
   });
-  auto read = [](const T* p) __attribute__((always_inline)) { return load(p); };
-  FASTMAML_UNROLL(i, MR) {
-    FASTMAML_UNROLL(j, NV) { store(C + (m + i) * ldc + c + W * j, finish<T, V>(acc[i][j], m + i, c + W * j, e, read)); });
-  });
+  FASTMAML_UNROLL(i, MR) { e.finish(acc[i], m + i, c, C, ldc); });
 }
 
 // M rows in blocks of at most MR, as even as they go (10 = 5 + 5)
@@ -86,14 +114,17 @@ FASTMAML_INLINE void row_blocks(int64_t M, Tile tile) {
   }
 }
 
-template <class T, int MR, int NV, int NP>
-__attribute__((noinline)) void nn_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C, int64_t ldc, const Epilogue<T>& e) {
-  row_blocks<MR>(M, [&](auto rows, int64_t m) __attribute__((always_inline)) { nn_tile<T, rows, NV, NP>(K, f, m, c, C, ldc, e); });
+template <class T, int MR, int NV, int NP, class End>
+__attribute__((noinline)) void nn_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C,
+                                        int64_t ldc, const End& e) {
+  row_blocks<MR>(
+      M, [&](auto rows, int64_t m)
+             __attribute__((always_inline)) { nn_tile<T, rows, NV, NP>(K, f, m, c, C, ldc, e); });
 }
 
 // columns: padded to whole vectors, all of them written
-template <class T, int NP>
-void nn(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Epilogue<T>& e) {
+template <class T, int NP, class End>
+void nn(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const End& e) {
   constexpr int64_t W = lanes<T>;
   int64_t c = 0, left = columns / W;
   while (left > 0) {
@@ -110,57 +141,71 @@ void nn(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_
   }
 }
 
+// The bare sums of MR x NI outputs, MR at most 4, NI 4 or 1
 template <class T, int MR, int NI, int NP>
-FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t i0, T* C, int64_t ldc, const Epilogue<T>& e) {
+FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t i0, T* C, int64_t ldc,
+                             bool add) {
   using V = Vec<T>;
   V acc[MR][NI];
-  FASTMAML_UNROLL(i, MR) { FASTMAML_UNROLL(j, NI) { acc[i][j] = V{}; }); });
+  FASTMAML_UNROLL(i, MR) {
+    FASTMAML_UNROLL(j, NI) { acc[i][j] = V{}; });
+  });
   FASTMAML_UNROLL(p, NP) {
     const int64_t a_row = f[p].a_row, ldb = f[p].ldb;
     const T* a = f[p].a + m * a_row;
     const T* b = f[p].b + i0 * ldb;
     for (int64_t k = 0; k < K; k += lanes<T>, a += lanes<T>, b += lanes<T>) {
-      V bv[NI];
-      FASTMAML_UNROLL(j, NI) { bv[j] = load(b + j * ldb); });
-      FASTMAML_UNROLL(i, MR) {
-        const V av = load(a + i * a_row);
-        FASTMAML_UNROLL(j, NI) { acc[i][j] += av * bv[j]; });
-      });
-    }
-  });
-  FASTMAML_UNROLL(i, MR) {
-    if constexpr (NI == 4) {
-      typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
-      Quad q = sum4<T>(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
-      auto read = [](const T* p) __attribute__((always_inline)) {
-        Quad v;
-        __builtin_memcpy(&v, p, sizeof v);
-        return v;
-      };
-      if (e.bias) q += read(e.bias + i0);
-      q = finish<T, Quad>(q, m + i, i0, e, read);
-      __builtin_memcpy(C + (m + i) * ldc + i0, &q, sizeof q);
-    } else {
+      V av[MR];
+      FASTMAML_UNROLL(i, MR) { av[i] = in_register(load(a + i * a_row)); });
       FASTMAML_UNROLL(j, NI) {
-        auto read = [](const T* p) __attribute__((always_inline)) { return *p; };
-        const T s = sum<T>(acc[i][j]) + (e.bias ? e.bias[i0 + j] : T(0));
-        C[(m + i) * ldc + i0 + j] = finish<T, T>(s, m + i, i0 + j, e, read);
+        const V bv = in_register(load(b + j * ldb));
+        FASTMAML_UNROLL(i, MR) { acc[i][j] += av[i] * bv; });
       });
     }
   });
+  typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
+  T* out = C + m * ldc + i0;
+  if constexpr (NI == 4) {
+    FASTMAML_UNROLL(i, MR) {
+      Quad q = sum4<T>(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+      if (add) {
+        Quad old;
+        __builtin_memcpy(&old, out + i * ldc, sizeof old);
+        q += old;
+      }
+      __builtin_memcpy(out + i * ldc, &q, sizeof q);
+    });
+  } else {
+    V column[4] = {};
+    FASTMAML_UNROLL(i, MR) { column[i] = acc[i][0]; });
+    const Quad q = sum4<T>(column[0], column[1], column[2], column[3]);
+    FASTMAML_UNROLL(i, MR) { out[i * ldc] = add ? out[i * ldc] + q[(int)i] : q[(int)i]; });
+  }
 }
 
-template <class T, int NI, int NP>
-__attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t i0, T* C, int64_t ldc, const Epilogue<T>& e) {
-  row_blocks<3>(M, [&](auto rows, int64_t m) __attribute__((always_inline)) { nt_tile<T, rows, NI, NP>(K, f, m, i0, C, ldc, e); });
+template <class T, int MR, int NI, int NP>
+__attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t i0, T* C,
+                                        int64_t ldc, bool add) {
+  row_blocks<MR>(
+      M, [&](auto rows, int64_t m)
+             __attribute__((always_inline)) { nt_tile<T, rows, NI, NP>(K, f, m, i0, C, ldc, add); });
 }
 
-// K: padded to whole vectors; columns: exact, no more are written
+// K: padded to whole vectors; columns: exact. What follows the products is done on whole rows of C when they
+// are complete: at four numbers a time it would take as long as the products.
 template <class T, int NP>
-void nt(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Epilogue<T>& e) {
+void nt(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, Activate<T> e) {
   int64_t i = 0;
-  for (; i + 4 <= columns; i += 4) nt_panel<T, 4, NP>(M, K, f, i, C, ldc, e);
-  for (; i < columns; ++i) nt_panel<T, 1, NP>(M, K, f, i, C, ldc, e);
+  for (; i + 4 <= columns; i += 4) nt_panel<T, 3, 4, NP>(M, K, f, i, C, ldc, e.add);
+  for (; i < columns; ++i) nt_panel<T, 4, 1, NP>(M, K, f, i, C, ldc, e.add);
+  if (!e.bias && !e.act && !e.mask) return;
+  e.add = false;
+  for (int64_t m = 0; m < M; ++m) {
+    for (int64_t c = 0; c < columns; c += lanes<T>) {
+      Vec<T> row[1] = {e.start(c) + load(C + m * ldc + c)};
+      e.template finish<1>(row, m, c, C, ldc);
+    }
+  }
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

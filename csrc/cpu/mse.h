@@ -1,4 +1,5 @@
-// L = sum_n s_n |z_n - y_n|^2 / C, with s_n = w_n / sum w (1 / N without weights) and C numbers in an example's output.
+// L = sum_n s_n |z_n - y_n|^2 / C, with s_n = w_n / sum w (1 / N without weights) and C numbers in an
+// example's output.
 //   grad_z = 2 s_n (z - y) / C     t: 2 s_n t_z / C
 #pragma once
 #include "pass.h"

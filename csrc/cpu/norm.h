@@ -1,16 +1,20 @@
-// The shape that batch norm and layer norm share: groups of numbers brought to mean 0 and variance 1, then scaled and shifted.
+// The shape that batch norm and layer norm share: groups of numbers brought to mean 0 and variance 1, then
+// scaled and shifted.
 //   h = (z - M z) r, r = (M (z - M z)^2 + eps)^-1/2, y = w h + b            (M: the mean over the group)
 //   grad_z = r (u - M u - h M(h u)),  u = w grad_y
 //   t_h = r (t_z - M t_z - h q), q = M(h t_z);  t_r / r = -r q;  t_y = w t_h + t_w h + t_b
-//   t_grad_z = (t_r / r) grad_z + r (t_u - M t_u - t_h M(h u) - h M(t_h u + h t_u)),  t_u = t_w grad_y + w t_grad_y
-// Ioffe & Szegedy 2015 (statistics of the current set, arXiv 1502.03167); Ba, Kiros & Hinton 2016 (arXiv 1607.06450).
+//   t_grad_z = (t_r / r) grad_z + r (t_u - M t_u - t_h M(h u) - h M(t_h u + h t_u)),  t_u = t_w grad_y + w
+//   t_grad_y
+// Ioffe & Szegedy 2015 (statistics of the current set, arXiv 1502.03167); Ba, Kiros & Hinton 2016 (arXiv
+// 1607.06450).
 #pragma once
 #include "pass.h"
 
 namespace fastmaml::FASTMAML_ISA {
 
-// A group is walked in `count` vectors, `stride` apart. Batch norm: a vector is a row's part of 8 columns, each lane a group of
-// its own. Layer norm: a row is one group, its vectors the columns, and the lanes are summed too.
+// A group is walked in `count` vectors, `stride` apart. Batch norm: a vector is a row's part of 8 columns,
+// each lane a group of its own. Layer norm: a row is one group, its vectors the columns, and the lanes are
+// summed too.
 struct Groups {
   int64_t groups, group_stride, count, stride, size;
   int64_t param_group_stride, param_stride;
@@ -31,7 +35,8 @@ FASTMAML_INLINE Vec<T> trim(Vec<T> v, int64_t i, const Groups& g) {
 
 template <bool Across, class T>
 Groups groups_of(const OpPlan& o, const Pass<T>& p) {
-  const int64_t rows = p.rows(o.op.in0), ld = p.ld(o.op.in0), C = p.plan.program.buffers[o.op.in0].C, W = lanes<T>;
+  const int64_t rows = p.rows(o.op.in0), ld = p.ld(o.op.in0), C = p.plan.program.buffers[o.op.in0].C,
+                W = lanes<T>;
   if (Across) return {rows, ld, ld / W, W, C, 0, W, C - (ld - W)};
   return {ld / W, W, rows, ld, rows, W, 0, 0};
 }
@@ -174,8 +179,10 @@ void norm_backward(const OpPlan& o, const Pass<T>& p) {
         store(t_dz + e, o.first_in0 ? v : load(t_dz + e) + v);
       }
     }
-    if (p.wants_param_grad(op.w)) column_sum<T, 2>(rows, ld, {{t_dy, keep.h}, {dy, t_keep.h}}, p.param_grad(op.w, o.first_w));
-    if (p.wants_param_grad(op.b)) column_sum<T, 1>(rows, ld, {{t_dy, nullptr}}, p.param_grad(op.b, o.first_b));
+    if (p.wants_param_grad(op.w))
+      column_sum<T, 2>(rows, ld, {{t_dy, keep.h}, {dy, t_keep.h}}, p.param_grad(op.w, o.first_w));
+    if (p.wants_param_grad(op.b))
+      column_sum<T, 1>(rows, ld, {{t_dy, nullptr}}, p.param_grad(op.b, o.first_b));
   }
 }
 

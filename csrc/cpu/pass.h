@@ -18,8 +18,8 @@ Frame<T> carve_frame(const Plan& plan, int64_t n, T* at) {
   return {at, at + n * plan.per_example, at + 2 * n * plan.per_example};
 }
 
-// Where a parameter's gradient g goes: dst = base + scale * g. Plain: the next fast weights, W - a g. Dual: the adjoint,
-// v - a H v. With no base just the gradient.
+// Where a parameter's gradient g goes: dst = base + scale * g. Plain: the next fast weights, W - a g. Dual:
+// the adjoint, v - a H v. With no base just the gradient.
 template <class T>
 struct ParamGrad {
   T* dst;
@@ -31,12 +31,12 @@ struct ParamGrad {
 template <class T>
 struct Pass {
   const Plan& plan;
-  int64_t n;                     // examples
-  const T* x;                    // [n * R, ld]: buffer 0
+  int64_t n;   // examples
+  const T* x;  // [n * R, ld]: buffer 0
   Frame<T> primal;
-  Frame<T> tangent;              // dual only
-  const T* w = nullptr;          // [P] in slots: the fast weights
-  const T* t_w = nullptr;        // [P]: their tangent
+  Frame<T> tangent;        // dual only
+  const T* w = nullptr;    // [P] in slots: the fast weights
+  const T* t_w = nullptr;  // [P]: their tangent
   // parameter gradients (null dst: none wanted)
   T* grad_dst = nullptr;
   const T* grad_base = nullptr;
@@ -44,7 +44,7 @@ struct Pass {
   const T* scale_each_tensor = nullptr;  // [params], multiplies grad_scale
   const T* scale_each = nullptr;         // [P], multiplies nothing else
   bool skip_frozen = false;
-  bool x_grad = false;           // is the gradient of buffer 0 wanted?
+  bool x_grad = false;  // is the gradient of buffer 0 wanted?
 
   int64_t ld(int64_t b) const { return plan.ld[b]; }
   int64_t rows(int64_t b) const { return n * plan.program.buffers[b].R; }
@@ -53,14 +53,18 @@ struct Pass {
   T* grad(int64_t b) const { return primal.grad + n * plan.before[b]; }
   T* t_value(int64_t b) const { return tangent.value + n * plan.before[b]; }
   T* t_grad(int64_t b) const { return tangent.grad + n * plan.before[b]; }
-  T* saved(const OpPlan& o, const Frame<T>& f) const { return f.saved + n * o.saved_each_before + o.saved_fixed_before; }
+  T* saved(const OpPlan& o, const Frame<T>& f) const {
+    return f.saved + n * o.saved_each_before + o.saved_fixed_before;
+  }
   const T* param(int64_t p) const { return p < 0 ? nullptr : w + plan.slots[p].offset; }
   const T* t_param(int64_t p) const { return p < 0 ? nullptr : t_w + plan.slots[p].offset; }
 
   // Is the gradient of a buffer wanted that moves with the parameters, or only with x?
   bool wants_grad(bool moves) const { return moves || x_grad; }
 
-  bool wants_param_grad(int64_t p) const { return p >= 0 && grad_dst && !(skip_frozen && !plan.program.params[p].adapt); }
+  bool wants_param_grad(int64_t p) const {
+    return p >= 0 && grad_dst && !(skip_frozen && !plan.program.params[p].adapt);
+  }
 
   ParamGrad<T> param_grad(int64_t p, bool first) const {
     const int64_t at = plan.slots[p].offset;
@@ -70,7 +74,8 @@ struct Pass {
   }
 };
 
-// dst[c] = base[c] + scale * sum_rows (a0 b0 + a1 b1), b null for ones: the gradient of a bias, or of a norm's weight
+// dst[c] = base[c] + scale * sum_rows (a0 b0 + a1 b1), b null for ones: the gradient of a bias, or of a
+// norm's weight
 template <class T>
 struct ColumnTerm {
   const T* a;

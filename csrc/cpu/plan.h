@@ -9,10 +9,12 @@ namespace fastmaml {
 
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
-// A parameter inside the kernels: rows of `ld` numbers, zero from `cols` on. A matrix lies as [I, O] (`wide`) or as
-// [O, I], whichever pads less, so that a layer with one output does not compute eight.
+// A parameter inside the kernels: rows of `cols` numbers, zeros up to `width`, a whole number of vectors, and
+// `ld` from row to row. A matrix lies as [I, O] (`wide`) or as [O, I], whichever pads less, so that a layer
+// with one output does not compute eight. Rows whose distance is a multiple of 512 bytes would share a few
+// sets of the cache: they lie a line further apart.
 struct Slot {
-  int64_t rows, cols, ld, offset;
+  int64_t rows, cols, width, ld, offset;
   bool wide;
   int uses;
   int64_t size() const { return rows * ld; }
@@ -29,20 +31,23 @@ struct OpPlan {
 
 struct Plan {
   Program program;
-  int64_t lanes;                   // of a vector register
-  std::vector<int64_t> ld;         // padded columns of a buffer
-  std::vector<int64_t> before;     // padded floats per example of the buffers before this one
-  std::vector<char> tangent;       // per buffer
+  int64_t lanes;                // of a vector register
+  std::vector<int64_t> ld;      // padded columns of a buffer
+  std::vector<int64_t> before;  // padded floats per example of the buffers before this one
+  std::vector<char> tangent;    // per buffer
   std::vector<Slot> slots;
   std::vector<OpPlan> ops;
-  int64_t P = 0;                   // floats of all slots
+  int64_t P = 0;  // floats of all slots
   int64_t per_example = 0, saved_each = 0, saved_fixed = 0;
   bool tied = false, frozen = false;
 
-  int64_t frame_size(int64_t n) const { return round_up(2 * n * per_example + n * saved_each + saved_fixed, 16); }
+  int64_t frame_size(int64_t n) const {
+    return round_up(2 * n * per_example + n * saved_each + saved_fixed, 16);
+  }
 };
 
-inline Plan make_plan(Program program, int64_t lanes) {
+// lanes: of a vector; line: numbers in a cache line of 64 bytes
+inline Plan make_plan(Program program, int64_t lanes, int64_t line) {
   Plan plan;
   plan.lanes = lanes;
   for (const Buffer& b : program.buffers) {
@@ -55,7 +60,8 @@ inline Plan make_plan(Program program, int64_t lanes) {
     s.wide = !p.matrix || round_up(p.O, lanes) * p.I <= round_up(p.I, lanes) * p.O;
     s.rows = s.wide ? p.I : p.O;
     s.cols = s.wide ? p.O : p.I;
-    s.ld = round_up(s.cols, lanes);
+    s.width = round_up(s.cols, lanes);
+    s.ld = s.rows > 1 && s.width % (8 * line) == 0 ? s.width + line : s.width;
     s.offset = plan.P;
     plan.P += round_up(s.size(), 16);
     plan.slots.push_back(s);

@@ -1,4 +1,5 @@
-// One call of the engine, free of torch types: K inner steps on the support set, then a tail, then the adjoint.
+// One call of the engine, free of torch types: K inner steps on the support set, then a tail, then the
+// adjoint.
 #pragma once
 #include <string>
 
@@ -9,7 +10,8 @@ namespace fastmaml {
 // What comes after the inner steps.
 enum class Tail {
   weights,    // out = W_K; with a seed: its vector-Jacobian product, v_K = seed
-  output,     // out = the program's output on the query set at W_K; with a seed (a gradient of out): its vector-Jacobian product
+  output,     // out = the program's output on the query set at W_K; with a seed (a gradient of out): its
+              // vector-Jacobian product
   loss,       // the query loss, and its gradient if asked
   curvature,  // grad_loss * g + H seed on the query set
 };
@@ -32,7 +34,7 @@ struct Request {
   int threads = 1;
 
   std::vector<const void*> params;
-  std::vector<char> own;  // per parameter: one for each task
+  std::vector<char> own;     // per parameter: one for each task
   const void* lr = nullptr;  // [K, S]
   int64_t S = 1;             // 1, params or P
   Set support, query;
@@ -41,8 +43,8 @@ struct Request {
 
   // outputs; null: not wanted
   void* out = nullptr;
-  void* loss = nullptr;   // [T]
-  void* grads = nullptr;  // [T or 1, P]
+  void* loss = nullptr;     // [T]
+  void* grads = nullptr;    // [T or 1, P]
   void* grad_lr = nullptr;  // [T or 1, K, S]
   void* grad_x_s = nullptr;
   void* grad_x_q = nullptr;

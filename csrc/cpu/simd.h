@@ -1,5 +1,5 @@
-// Vectors by the compiler's own extension: one source for every instruction set. A file that is compiled for one defines
-// FASTMAML_ISA (its namespace) and FASTMAML_VECTOR_BYTES before it includes this.
+// Vectors by the compiler's own extension: one source for every instruction set. A file that is compiled for
+// one defines FASTMAML_ISA (its namespace) and FASTMAML_VECTOR_BYTES before it includes this.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -59,9 +59,12 @@ FASTMAML_INLINE auto sum4(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
   constexpr int W = VecOf<T>::lanes;
   typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
   if constexpr (W == 8) {
-    const Vec<T> ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-    const Vec<T> cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
-    const Vec<T> s = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    const Vec<T> ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+                      __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec<T> cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) +
+                      __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Vec<T> s = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                     __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
     return __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
   } else if constexpr (W == 4) {
     const Vec<T> ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
@@ -80,7 +83,19 @@ FASTMAML_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
   return lane < (typename VecOf<T>::Int)n ? v : Vec<T>{};
 }
 
-// f(0), .., f(N - 1) with constants: arrays indexed by them stay in registers (gcc 12 spills those of a plain loop).
+// v, loaded once: gcc would read it from memory again at every use
+template <class V>
+FASTMAML_INLINE V in_register(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+// f(0), .., f(N - 1) with constants: arrays indexed by them stay in registers (gcc 12 spills those of a plain
+// loop).
 template <int... i, class F>
 FASTMAML_INLINE void unroll(std::integer_sequence<int, i...>, F&& f) {
   (f(std::integral_constant<int, i>()), ...);
@@ -91,7 +106,8 @@ FASTMAML_INLINE void unroll(F&& f) {
 }
 #define FASTMAML_UNROLL(i, N) unroll<N>([&](auto i) __attribute__((always_inline))
 
-// exp(x) - 1 = 2^k (exp(r) - 1) + (2^k - 1) with |r| <= ln(2) / 2: accurate near 0 too. Ends clamped, NaN stays NaN.
+// exp(x) - 1 = 2^k (exp(r) - 1) + (2^k - 1) with |r| <= ln(2) / 2: accurate near 0 too. Ends clamped, NaN
+// stays NaN.
 template <class T>
 FASTMAML_INLINE void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& expm1_r) {
   using V = Vec<T>;
@@ -110,8 +126,20 @@ FASTMAML_INLINE void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& expm1_r) {
   e = (e + (single ? 127 : 1023)) << (single ? 23 : 52);
   scale = (V)e;
   constexpr int degree = single ? 7 : 13;
-  constexpr double inverse_factorial[] = {1.0, 1.0, 1.0 / 2, 1.0 / 6, 1.0 / 24, 1.0 / 120, 1.0 / 720, 1.0 / 5040, 1.0 / 40320,
-                                          1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+  constexpr double inverse_factorial[] = {1.0,
+                                          1.0,
+                                          1.0 / 2,
+                                          1.0 / 6,
+                                          1.0 / 24,
+                                          1.0 / 120,
+                                          1.0 / 720,
+                                          1.0 / 5040,
+                                          1.0 / 40320,
+                                          1.0 / 362880,
+                                          1.0 / 3628800,
+                                          1.0 / 39916800,
+                                          1.0 / 479001600,
+                                          1.0 / 6227020800};
   V p = splat(T(inverse_factorial[degree]));
   FASTMAML_UNROLL(i, degree - 1) { p = p * r + T(inverse_factorial[degree - 1 - i]); });
   expm1_r = p * r;

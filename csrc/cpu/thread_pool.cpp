@@ -52,7 +52,10 @@ class Pool {
     if (asleep_.load() > 0) wake_.notify_all();
     share(0);
     for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins)
-      if (spins < 10000) pause(); else std::this_thread::yield();
+      if (spins < 10000)
+        pause();
+      else
+        std::this_thread::yield();
   }
 
  private:

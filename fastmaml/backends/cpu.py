@@ -5,7 +5,7 @@ csrc/cpu/inner_loop.h.
 """
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -148,71 +148,75 @@ def _encoded(problem: "Problem", x: Tensor) -> Encoded:
     return problem.encoded[x.element_size()]
 
 
-def _maybe(t: Tensor, wanted: bool) -> Tensor | None:
-    return t if wanted else None
+def _place(outputs: list[Tensor], want: tuple[bool, ...]) -> list[Tensor | None]:
+    """The operators return what is wanted and no more: None goes where the rest would be."""
+    found = iter(outputs)
+    return [next(found) if wanted else None for wanted in want]
 
 
 def apply(problem, params, x):
-    out = torch.ops.fastmaml.apply(params, x, *_encoded(problem, x))
+    (out,) = _op.apply(params, x, *_encoded(problem, x))
     return out.view(*x.shape[:2], *problem.program.buffers[problem.program.output])
 
 
 def apply_backward(problem, params, x, grad_out, *, needs):
     want = "params" in needs, "x" in needs
-    out = torch.ops.fastmaml.apply_backward(params, x, grad_out, *_encoded(problem, x), *want)
-    return tuple(map(_maybe, out, want))
+    return _place(_op.apply_backward(params, x, grad_out, *_encoded(problem, x), *want), want)
 
 
 def value_and_grad(problem, params, x, y):
-    return torch.ops.fastmaml.value_and_grad(params, x, *y, *_encoded(problem, x))
+    return _op.value_and_grad(params, x, *y, *_encoded(problem, x))
 
 
 def value_and_grad_backward(problem, params, x, y, grad_loss, v, *, needs, per_task=False):
-    want = "x" in needs
-    out = torch.ops.fastmaml.value_and_grad_backward(
-        params, x, *y, grad_loss, v, *_encoded(problem, x), per_task, want
+    want = "params" in needs, "x" in needs
+    encoded = _encoded(problem, x)
+    return _place(
+        _op.value_and_grad_backward(params, x, *y, grad_loss, v, *encoded, per_task, *want), want
     )
-    return out[0], _maybe(out[1], want)
 
 
 def inner_loop(problem, params, lr, x, y, *, steps):
-    return torch.ops.fastmaml.inner_loop(params, lr, x, *y, *_encoded(problem, x), steps)
+    return _op.inner_loop(params, lr, x, *y, *_encoded(problem, x), steps)[0]
 
 
 def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs):
     want = "params" in needs, "lr" in needs and steps > 0, "x" in needs
-    out = torch.ops.fastmaml.inner_loop_backward(
-        params, lr, x, *y, v, *_encoded(problem, x), steps, first_order, checkpoint_every or 0, *want
-    )
-    grads, grad_lr, grad_x = map(_maybe, out, want)
+    encoded, every = _encoded(problem, x), checkpoint_every or 0
+    out = _op.inner_loop_backward(params, lr, x, *y, v, *encoded, steps, first_order, every, *want)
+    grads, grad_lr, grad_x = _place(out, want)
     return grads, _over_tasks(grad_lr, False), grad_x
 
 
 def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, needs):
     (x_s, y_s), (x_q, y_q) = support, query
     want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
-    loss, *grads = torch.ops.fastmaml.meta_loss(
-        params,
-        lr,
-        x_s,
-        *y_s,
-        x_q,
-        *y_q,
-        *_encoded(problem, x_s),
-        steps,
-        first_order,
-        checkpoint_every or 0,
-        per_task,
-        *want,
+    encoded, every = _encoded(problem, x_s), checkpoint_every or 0
+    loss, *out = _op.meta_loss(
+        params, lr, x_s, *y_s, x_q, *y_q, *encoded, steps, first_order, every, per_task, *want
     )
-    grads, grad_lr, *grad_x = map(_maybe, grads, want)
-    return loss, grads, _over_tasks(grad_lr, per_task), *grad_x
+    grads, grad_lr, grad_s, grad_q = _place(out, want)
+    return loss, grads, _over_tasks(grad_lr, per_task), grad_s, grad_q
 
 
 def _over_tasks(grad_lr: Tensor | None, per_task: bool) -> Tensor | None:
     """[1, K, S] unless a row per task is wanted: the kernels give rows too where a parameter belongs to a task."""
     return grad_lr if grad_lr is None or per_task or len(grad_lr) == 1 else grad_lr.sum(0, keepdim=True)
 
+
+class _Operators:
+    """The operators, found once: torch.ops looks them up at every call."""
+
+    apply: Any
+    apply_backward: Any
+    value_and_grad: Any
+    value_and_grad_backward: Any
+    inner_loop: Any
+    inner_loop_backward: Any
+    meta_loss: Any
+
+
+_op = _Operators()
 
 # The shapes of the operators' results, for torch.compile. ints[4] is P, as encoded above.
 
@@ -223,8 +227,8 @@ def _rows(params: list[Tensor], ints: list[int], T: int, per_task: bool) -> int:
     return T if per_task or own else 1
 
 
-def _like(x: Tensor, wanted: bool, shape) -> Tensor:
-    return x.new_empty(shape if wanted else (0,))
+def _wanted(x: Tensor, *shapes) -> list[Tensor]:
+    return [x.new_empty(shape) for wanted, shape in shapes if wanted]
 
 
 def _register_fakes() -> None:
@@ -233,61 +237,49 @@ def _register_fakes() -> None:
     @fake("fastmaml::apply")
     def _(params, x, ints, floats):
         R, C = ints[6 + 2 * ints[3] : 8 + 2 * ints[3]]
-        return x.new_empty(x.shape[0], x.shape[1], R * C)
+        return [x.new_empty(x.shape[0], x.shape[1], R * C)]
 
     @fake("fastmaml::apply_backward")
     def _(params, x, grad_out, ints, floats, grad_params, grad_x):
         rows = _rows(params, ints, x.shape[0], False)
-        return _like(x, grad_params, (rows, ints[4])), _like(x, grad_x, x.shape)
+        return _wanted(x, (grad_params, (rows, ints[4])), (grad_x, x.shape))
 
     @fake("fastmaml::value_and_grad")
     def _(params, x, y, weight, ints, floats):
-        return x.new_empty(x.shape[0]), x.new_empty(x.shape[0], ints[4])
+        return [x.new_empty(x.shape[0]), x.new_empty(x.shape[0], ints[4])]
 
     @fake("fastmaml::value_and_grad_backward")
-    def _(params, x, y, weight, grad_loss, v, ints, floats, per_task, grad_x):
-        return x.new_empty(_rows(params, ints, x.shape[0], per_task), ints[4]), _like(x, grad_x, x.shape)
+    def _(params, x, y, weight, grad_loss, v, ints, floats, per_task, grad_params, grad_x):
+        rows = _rows(params, ints, x.shape[0], per_task)
+        return _wanted(x, (grad_params, (rows, ints[4])), (grad_x, x.shape))
 
     @fake("fastmaml::inner_loop")
     def _(params, lr, x, y, weight, ints, floats, steps):
-        return x.new_empty(x.shape[0], ints[4])
+        return [x.new_empty(x.shape[0], ints[4])]
 
     @fake("fastmaml::inner_loop_backward")
-    def _(
-        params,
-        lr,
-        x,
-        y,
-        weight,
-        v,
-        ints,
-        floats,
-        steps,
-        first_order,
-        checkpoint_every,
-        grad_params,
-        grad_lr,
-        grad_x,
-    ):
+    def _(params, lr, x, y, weight, v, ints, floats, steps, first_order, checkpoint_every,
+          grad_params, grad_lr, grad_x):  # fmt: skip
         rows = _rows(params, ints, x.shape[0], False)
-        lr_grad = _like(x, grad_lr and steps > 0, (rows, steps, lr.shape[1]))
-        return _like(x, grad_params, (rows, ints[4])), lr_grad, _like(x, grad_x, x.shape)
+        lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
+        return _wanted(x, (grad_params, (rows, ints[4])), lr_grad, (grad_x, x.shape))
 
     @fake("fastmaml::meta_loss")
-    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, ints, floats, steps, first_order, checkpoint_every, per_task,
-          grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
+    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, ints, floats, steps, first_order,
+          checkpoint_every, per_task, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
         rows = _rows(params, ints, x_s.shape[0], per_task)
-        grads = (
-            _like(x_s, grad_params, (rows, ints[4])),
-            _like(x_s, grad_lr and steps > 0, (rows, steps, lr.shape[1])),
+        lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
+        grads = _wanted(
+            x_s, (grad_params, (rows, ints[4])), lr_grad, (grad_x_s, x_s.shape), (grad_x_q, x_q.shape)
         )
-        return (
-            x_s.new_empty(x_s.shape[0]),
-            *grads,
-            _like(x_s, grad_x_s, x_s.shape),
-            _like(x_q, grad_x_q, x_q.shape),
-        )
+        return [x_s.new_empty(x_s.shape[0]), *grads]
 
 
 if _C is not None:
     _register_fakes()
+    # They are called from autograd Functions only. Without a word on this torch would set up, at 25 us a call,
+    # a graph node that says that they have no derivative.
+    _library = torch.library.Library("fastmaml", "IMPL")
+    for _name in _Operators.__annotations__:
+        _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+        setattr(_op, _name, getattr(torch.ops.fastmaml, _name).default)
