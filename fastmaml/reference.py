@@ -82,14 +82,21 @@ def _loss(model, loss, data):
 
 
 def _call(model, params, x):
-    """The model with these parameters. BatchNorm takes x's statistics, training or not, and keeps none."""
-    running = {
-        f"{name}.{buffer}".lstrip("."): None
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, _NormBase) and module.running_mean is not None
-        for buffer in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    return functional_call(model, (params, running), (x,))
+    """The model with these parameters. BatchNorm takes x's statistics, training or not, and keeps none.
+
+    Tied parameters are given under each module's name: functional_call's own tying leaves a module that is
+    used twice with the given parameters for good.
+    """
+    first = {id(p): name for name, p in model.named_parameters()}
+    state = {}
+    for prefix, module in model.named_modules(prefix="model"):
+        for name, p in module._parameters.items():
+            if p is not None:
+                state[f"{prefix}.{name}"[6:]] = params[first[id(p)]]
+        if isinstance(module, _NormBase) and module.running_mean is not None:
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                state[f"{prefix}.{name}"[6:]] = None
+    return functional_call(model, state, (x,), tie_weights=False)
 
 
 def _tasks(model: nn.Module, params, x: Tensor, y=()):

@@ -204,3 +204,15 @@ def test_losses_are_named_or_callable():
         resolve(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\[0, 1\], got 2"):
         CrossEntropy(2)
+
+
+def test_a_module_used_twice_keeps_its_parameters() -> None:
+    block = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = nn.Sequential(block, nn.Tanh(), block)
+    before = {n: p for n, p in model.named_parameters()}
+    mean = block[1].running_mean
+    x = torch.randn(3, 4, 2)
+    params = {n: (2 * p).detach().requires_grad_() for n, p in before.items()}
+    reference.meta_loss(model, params, (x, x), (x, x), loss="mse", lr=0.1, steps=1).backward()
+    assert all(p is before[n] for n, p in model.named_parameters())
+    assert block[1].running_mean is mean
