@@ -1,1 +1,1 @@
-"""Benchmarks: comparison with the peers (`bench.meta_step`), peak memory (`bench.memory`), suites for pytest-benchmark."""
+"""Benchmarks: README.md says what they measure."""

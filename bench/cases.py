@@ -12,7 +12,7 @@ Examples = tuple[Tensor, Tensor]  # x [T, N, ...], y [T, N, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One meta-step: `steps` SGD steps on N = `support` examples of each of T = `tasks` tasks, then `query` examples."""
+    """One meta-step: `steps` SGD steps on `support` examples of each task, then its `query` examples."""
 
     name: str
     group: str
@@ -27,7 +27,7 @@ class Case:
 
     @cached_property
     def flops(self) -> int:
-        """9 forward-equivalents per support example and step, 3 per query example; a forward is 2 flops a weight."""
+        """9 forwards per support example and step, 3 per query example; a forward is 2 flops a weight."""
         weights = sum(i * o for i, o in zip(self.widths, self.widths[1:], strict=False))
         return 2 * weights * self.tasks * (9 * self.support * self.steps + 3 * self.query)
 
@@ -83,9 +83,8 @@ def _images(case: Case, rng: torch.Generator) -> Examples:
 
 _SINE = Case("sine/5-steps", "sine", (1, 40, 40, 1), "mse", 25, 10, 10, 5, 0.01)
 _WIDE = Case("mlp/4x256", "sine", (8, 256, 256, 256, 256, 4), "mse", 25, 10, 10, 5, 0.01)
-_OMNIGLOT = Case(
-    "omniglot-mlp/1-step", "omniglot-mlp", (784, 256, 128, 64, 64, 5), "cross_entropy", 32, 5, 75, 1, 0.1, True
-)
+_PIXELS = (784, 256, 128, 64, 64, 5)
+_OMNIGLOT = Case("omniglot-mlp/1-step", "omniglot-mlp", _PIXELS, "cross_entropy", 32, 5, 75, 1, 0.1, True)
 
 CASES = (
     _SINE,

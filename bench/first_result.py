@@ -1,6 +1,6 @@
 """How long after `import fastmaml` the first meta-gradient is there: `python -m bench.first_result [CASE]`.
 
-Each run is a process of its own; `import torch` is timed apart, since a user of torch has paid for it already.
+Each run is a process of its own; `import torch` is timed apart: a user of torch has paid for it already.
 """
 
 import argparse
@@ -34,7 +34,7 @@ print(json.dumps({"import_torch_s": torch_imported - start, "import_fastmaml_s":
 
 
 def first_result(case: str, backend: str = "cpu", runs: int = 3) -> dict[str, Any]:
-    """Seconds of `import torch`, of `import fastmaml` after it, and of the first meta-gradient; medians of `runs`."""
+    """Seconds of `import torch`, of `import fastmaml` after it, of the first meta-gradient: medians."""
     samples = []
     for _ in range(runs):
         command = [sys.executable, "-c", CHILD, case, backend]
@@ -51,8 +51,9 @@ def report(result: dict[str, Any]) -> str:
     if "absent" in result:
         return f"first result: absent ({result['absent']})"
     return (
-        f"first result, tracing included: {result['first_gradient_s']:.3f} s after import fastmaml, which took"
-        f" {result['import_fastmaml_s']:.3f} s after import torch ({result['import_torch_s']:.2f} s)"
+        f"first result, tracing included: {result['first_gradient_s']:.3f} s after import fastmaml,"
+        f" which took {result['import_fastmaml_s']:.3f} s after import torch"
+        f" ({result['import_torch_s']:.2f} s)"
     )
 
 

@@ -1,5 +1,6 @@
 """Interleaved timing: every contender gets a turn in every round, so that all see the same machine."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -75,8 +76,9 @@ def _turn(step: Callable[[], Any], times: Times, most: float) -> None:
 def interleave(steps: dict[str, Callable[[], Any]], seconds: float, rounds: int = 3) -> dict[str, Times]:
     """Time `steps` in turns until about `seconds` for each are spent in all and each has had `rounds` turns.
 
-    All are spread over the whole of the run, so that a machine that slows down slows all of them: a slow contender
-    takes its turn every n-th round, not its turns at the beginning. The order is reversed every other round.
+    All are spread over the whole of the run, so that a machine that slows down slows all of them: a slow
+    contender takes its turn every n-th round, not its turns at the beginning. The order is reversed every
+    other round.
     """
     times = {name: Times() for name in steps}
     every = {}
@@ -98,7 +100,7 @@ def interleave(steps: dict[str, Callable[[], Any]], seconds: float, rounds: int 
 
 
 def error(gradients: Sequence[Any], truth: Sequence[Tensor]) -> float:
-    """Largest difference over the largest entry of the truth; NaN where a gradient is NaN, missing, or misshapen."""
+    """Largest difference over the truth's largest entry; NaN if a gradient is NaN, missing or misshapen."""
     if len(gradients) != len(truth):
         return float("nan")
     scale = max(float(t.abs().max()) for t in truth)
@@ -108,5 +110,7 @@ def error(gradients: Sequence[Any], truth: Sequence[Tensor]) -> float:
             return float("nan")
         g = g.detach() if isinstance(g, Tensor) else torch.from_numpy(np.array(g))
         difference = float((g.double() - t).abs().max())
-        worst = difference if not difference <= worst else worst
+        if math.isnan(difference):
+            return difference
+        worst = max(worst, difference)
     return worst / scale

@@ -1,4 +1,4 @@
-"""Second-order meta-gradients against the peers, interleaved in one process: `python -m bench.meta_step sine omniglot-mlp`."""
+"""Second-order meta-gradients against the peers: `python -m bench.meta_step sine omniglot-mlp`."""
 
 import argparse
 import json
@@ -15,18 +15,26 @@ from bench import machine  # torch and jax only after machine.limit_threads
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.meta_step", description=__doc__)
-    parser.add_argument("cases", nargs="*", help="cases or groups (sine, omniglot-mlp, sine/T1000, ...); default all")
+    parser.add_argument(
+        "cases", nargs="*", help="cases or groups (sine, omniglot-mlp, sine/T1000, ...); default all"
+    )
     parser.add_argument("--only", help="peers to measure, by comma (default: all but compile-vmap-grad)")
-    parser.add_argument("--threads", type=int, default=0, help="cores the process may use (default: all it has)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="cores the process may use (default: all it has)"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each peer and case (default 4)")
-    parser.add_argument("--quick", action="store_true", help="a look: 0.3 s each, no torch.compile, nothing saved")
-    parser.add_argument("--cached-compile", action="store_true", help="let torch.compile use its cache on disk")
+    parser.add_argument(
+        "--quick", action="store_true", help="a look: 0.3 s each, no torch.compile, nothing saved"
+    )
+    parser.add_argument(
+        "--cached-compile", action="store_true", help="let torch.compile use its cache on disk"
+    )
     parser.add_argument("--output", type=Path, help="JSON file (default: a new one in bench/results)")
     return parser.parse_args()
 
 
 class Truth:
-    """float64 meta-gradients of a case: of all its tasks, and of the first few for the peers' check in float64."""
+    """float64 meta-gradients of a case: of all its tasks, and of a few for the peers' check in float64."""
 
     FEW = 8
 
@@ -49,9 +57,9 @@ class Truth:
         return {"error_f64": error(wide(), truth), "error_f32": error(step(), self.full)}
 
 
-# right through rounding in float64: BatchNorm with five steps costs 1e-12; the fault of grad(vmap) shows at 5e-4
+# right to rounding in float64: BatchNorm with five steps costs 1e-12, the fault of grad(vmap) shows at 5e-4
 RIGHT = 1e-9
-# float32 is only held against gross faults: BatchNorm over many steps and flips of ReLU cost every peer percents
+# float32 is held against gross faults only: BatchNorm over many steps and flips of ReLU cost all peers dear
 FLOAT32_GROSS = 0.2
 
 
@@ -60,7 +68,7 @@ def _gated(row: dict[str, Any]) -> bool:
 
 
 def _alone(case: Any, seconds: float) -> tuple[dict[str, Any], Any]:
-    """fastmaml before any peer has run in this process, beside sgemm only; checked in full before it is timed."""
+    """fastmaml before any peer has run here, beside sgemm only; checked in full before it is timed."""
     import torch
 
     from bench import measure, peers
@@ -84,6 +92,7 @@ def _against_peers(case: Any, truth: Truth, names: list[str], seconds: float) ->
 
     from bench import measure, peers
 
+    peers.import_libraries()  # else the first call of the first case would hold the import
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable] = {"sgemm": measure.sgemm_step()}
     for name in names:
@@ -98,7 +107,7 @@ def _against_peers(case: Any, truth: Truth, names: list[str], seconds: float) ->
             rows[name] = {"absent": str(absent)}
             continue
         except Exception as error:  # a peer that breaks on this case must not take the others with it
-            rows[name] = {"absent": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            rows[name] = {"absent": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
             continue
         rows[name]["wrong"] = not rows[name]["error_f64"] <= RIGHT
         steps[name] = step
@@ -116,13 +125,15 @@ def _against_peers(case: Any, truth: Truth, names: list[str], seconds: float) ->
 
 def _print(case: Any, result: dict[str, Any]) -> None:
     print(
-        f"\n{case.name}: {'-'.join(map(str, case.widths))}{' BatchNorm' if case.batch_norm else ''}, T={case.tasks}"
-        f" N={case.support} Q={case.query} K={case.steps}, {case.flops / 1e6:.1f} MFLOP, sgemm"
+        f"\n{case.name}: {'-'.join(map(str, case.widths))}{' BatchNorm' if case.batch_norm else ''},"
+        f" T={case.tasks} N={case.support} Q={case.query} K={case.steps}, {case.flops / 1e6:.1f} MFLOP, sgemm"
         f" {result['sgemm_gflops']:.0f} GF/s"
     )
     print(
-        f"{'':18}{'median':>10}{'min':>10}{'behind':>10}{'x fast-':>9}{'of':>7}{'error':>10}{'error':>10}{'first':>8}\n"
-        f"{'':18}{'ms':>10}{'ms':>10}{'another':>10}{'maml':>9}{'sgemm':>7}{'f64':>10}{'f32':>10}{'call s':>8}"
+        f"{'':18}{'median':>10}{'min':>10}{'behind':>10}{'x fast-':>9}{'of':>7}"
+        f"{'error':>10}{'error':>10}{'first':>8}\n"
+        f"{'':18}{'ms':>10}{'ms':>10}{'another':>10}{'maml':>9}{'sgemm':>7}"
+        f"{'f64':>10}{'f32':>10}{'call s':>8}"
     )
     rows = result["peers"].items()
     alone = result.get("fastmaml_alone", {})
@@ -164,7 +175,11 @@ def main() -> None:
         raise SystemExit(f"unknown peer {unknown[0]!r}; known: {', '.join(peers.PEERS)}")
     seconds = 0.3 if args.quick else args.seconds
 
-    report: dict[str, Any] = {"machine": machine.describe(), "seconds": seconds, "threads": args.threads or None}
+    report: dict[str, Any] = {
+        "machine": machine.describe(),
+        "seconds": seconds,
+        "threads": args.threads or None,
+    }
     prepared = [_alone(case, seconds) if "fastmaml" in names else ({}, Truth(case)) for case in chosen]
     report["cases"] = {}
     for case, (alone, truth) in zip(chosen, prepared, strict=True):

@@ -1,12 +1,13 @@
-"""The ways to get a meta-gradient that are compared: all give the gradient of the mean query loss in parameter order.
+"""The ways to get a meta-gradient that are compared: the gradient of the mean query loss, in parameter order.
 
-A peer is a function `build(case, dtype)` that returns `step()`: one meta-step, which returns the gradients and has
-finished them when it returns. Everything that a training loop does once (models, conversions) is done in `build`.
+A peer is a function `build(case, dtype)` that returns `step()`: one meta-step, its gradients finished on return.
+What a training loop does once (models, conversions) is done in `build`.
 """
 
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,26 +26,37 @@ class Absent(Exception):
 
 def _need(module: str) -> Any:
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `higher` uses what torch has deprecated
+            return importlib.import_module(module)
     except ImportError as error:
         raise Absent(f"{module} is not installed ({error})") from error
 
 
-def _fastmaml(case: Case, dtype: torch.dtype, backend: str) -> Step:
+def import_libraries() -> None:
+    """Import the peers' libraries, those that there are."""
+    for module in ("jax", "higher"):
+        with suppress(Absent):
+            _need(module)
+
+
+def _fastmaml(case: Case, dtype: torch.dtype, backend: str, autograd: bool = False) -> Step:
     functional = _need("fastmaml.functional")
     model = case.model(dtype)
     params = dict(model.named_parameters())
     support, query = case.data(dtype)
+    how = {"loss": case.loss, "lr": case.lr, "steps": case.steps, "backend": backend}
 
-    def step() -> list[Tensor | None]:
+    def gradient() -> list[Tensor]:
+        return list(functional.meta_value_and_grad(model, params, support, query, **how)[1].values())
+
+    def backward() -> list[Tensor | None]:
         for p in params.values():
             p.grad = None
-        loss = functional.meta_loss(
-            model, params, support, query, loss=case.loss, lr=case.lr, steps=case.steps, backend=backend
-        )
-        loss.backward()
+        functional.meta_loss(model, params, support, query, **how).backward()
         return [p.grad for p in params.values()]
 
+    step = backward if autograd else gradient
     try:
         step()
     except (RuntimeError, NotImplementedError) as error:
@@ -53,7 +65,13 @@ def _fastmaml(case: Case, dtype: torch.dtype, backend: str) -> Step:
 
 
 def fastmaml_cpu(case: Case, dtype: torch.dtype) -> Step:
+    """The function that gives the meta-gradient and no graph, as torch.func.grad and jax.grad do."""
     return _fastmaml(case, dtype, "cpu")
+
+
+def fastmaml_autograd(case: Case, dtype: torch.dtype) -> Step:
+    """`meta_loss(..).backward()`, as a training script has it."""
+    return _fastmaml(case, dtype, "cpu", autograd=True)
 
 
 def fastmaml_torch(case: Case, dtype: torch.dtype) -> Step:
@@ -86,7 +104,9 @@ def _task_loss(case: Case, model: nn.Module) -> Callable[..., Tensor]:
     return task
 
 
-def _func(case: Case, dtype: torch.dtype, wrap: Callable[[Callable], Callable], vmap_outside: bool = False) -> Step:
+def _func(
+    case: Case, dtype: torch.dtype, wrap: Callable[[Callable], Callable], vmap_outside: bool = False
+) -> Step:
     model = case.model(dtype)
     task = _task_loss(case, model)
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -132,14 +152,14 @@ def loop(case: Case, dtype: torch.dtype) -> Step:
     """A Python loop over tasks with ordinary autograd through the unrolled steps."""
     model = case.model(dtype)
     criterion = LOSSES[case.loss]
-    theta = dict(model.named_parameters())
+    theta: dict[str, Tensor] = dict(model.named_parameters())
     support, query = case.data(dtype)
 
     def step() -> list[Tensor | None]:
         for p in theta.values():
             p.grad = None
         for x_s, y_s, x_q, y_q in zip(*support, *query, strict=True):
-            params = theta
+            params: dict[str, Tensor] = dict(theta)
             for _ in range(case.steps):
                 loss = criterion(functional_call(model, params, (x_s,)), y_s)
                 grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
@@ -152,9 +172,7 @@ def loop(case: Case, dtype: torch.dtype) -> Step:
 
 def higher_loop(case: Case, dtype: torch.dtype) -> Step:
     """The `higher` library as its examples use it: a task at a time, differentiable SGD."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        higher = _need("higher")
+    higher = _need("higher")
     model = case.model(dtype)
     criterion = LOSSES[case.loss]
     sgd = torch.optim.SGD(model.parameters(), lr=case.lr)
@@ -181,6 +199,7 @@ def jax_jit(case: Case, dtype: torch.dtype) -> Step:
 
 PEERS: dict[str, Callable[[Case, torch.dtype], Step]] = {
     "fastmaml": fastmaml_cpu,
+    "fastmaml-autograd": fastmaml_autograd,
     "fastmaml-torch": fastmaml_torch,
     "grad-vmap": grad_vmap,
     "vmap-grad": vmap_grad,
