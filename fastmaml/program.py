@@ -6,10 +6,8 @@ of x.shape, len(x)) is simply followed, nothing of torch is patched, and a trace
 of the model. torch.fx would have to record Python itself, and cannot follow a branch.
 """
 
-import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from sys import _getframe
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from .ops import RECORDS, LayerOp, Unsupported
+from .running import innermost
 
 __all__ = ["Op", "Program", "Unsupported", "trace"]
 
@@ -69,17 +68,19 @@ def trace(model: nn.Module, example_shape: Sequence[int]) -> Program:
 
 
 def _check_modules(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(f"parameter {name} has no shape yet: call the model once before using it here")
     for path, m in model.named_modules():
         why = None
         if m._backward_hooks or m._backward_pre_hooks:
             why = "has backward hooks, which only ordinary autograd calls"
+        elif m._forward_hooks or m._forward_pre_hooks:
+            why = "has forward hooks, which the layer ops would not call"
         elif getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod"):
             why = "is already compiled; give fastmaml the module as it was before torch.compile"
         if why:
             raise Unsupported(path, why, type(m).__name__)
-    for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise ValueError(f"parameter {name} has no shape yet: call the model once before using it here")
 
 
 class _Value:
@@ -221,26 +222,10 @@ class _Tape(TorchFunctionMode):
 
     def _where(self, error: BaseException | None = None) -> tuple[str, str]:
         """Path and class of the innermost module now running, or running when `error` was raised."""
-        frames: list[types.FrameType] = []
-        if error is None:
-            frame: types.FrameType | None = _getframe(1)
-            while frame is not None and frame.f_code is not _TRACE:
-                frames.append(frame)
-                frame = frame.f_back
-        else:
-            step = error.__traceback__
-            while step is not None:
-                frames.insert(0, step.tb_frame)
-                step = step.tb_next
-        for frame in frames:
-            if frame.f_code is _CALL:
-                module = frame.f_locals["self"]
-                if id(module) in self.names:
-                    return self.names[id(module)], type(module).__name__
-        return "", type(self.model).__name__
+        path, module = innermost(self.names, error, until=_TRACE) or ("", self.model)
+        return path, type(module).__name__
 
 
-_CALL = nn.Module._call_impl.__code__
 _TRACE = _Tape.trace.__code__
 
 

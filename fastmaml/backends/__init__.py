@@ -25,6 +25,7 @@ class Problem:
     """A model, an example's shape and a loss: all that a backend must know besides the tensors."""
 
     model_ref: "weakref.ref[nn.Module]"
+    example_shape: tuple[int, ...]
     program: Program | None
     why_no_program: str | None
     loss: Loss | None
@@ -62,9 +63,9 @@ _problems: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDiction
 
 
 def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | None) -> Problem:
-    """The Problem, made once and again whenever the modules, their mode or what is frozen change.
+    """The Problem, made once and again whenever the modules, their mode, hooks or what is frozen change.
 
-    A hyperparameter written into a layer afterwards (`layer.eps = ..`) goes unnoticed.
+    A hyperparameter written into a layer afterwards (`layer.eps = ..`) goes unnoticed, save dropout's p.
     """
     state = _state(model)
     known = _problems.setdefault(model, {})
@@ -79,7 +80,8 @@ def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | N
         why = str(error)
     shapes = tuple(tuple(p.shape) for p in parameters.values())
     adapt = tuple(p.requires_grad for p in parameters.values())
-    problem = Problem(weakref.ref(model), program, why, loss, tuple(parameters), shapes, adapt)
+    example = tuple(example_shape)
+    problem = Problem(weakref.ref(model), example, program, why, loss, tuple(parameters), shapes, adapt)
     if len(known) >= 64:  # a fresh lambda for every call must not fill the memory
         known.clear()
     known[key] = state, problem
@@ -87,17 +89,21 @@ def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | N
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """What a changed model changes. Every call asks, so it avoids nn.Module's slow generators."""
+    """What a changed model changes. Every call asks, so it goes past nn.Module's own, slower, ways to ask."""
     state: list[Any] = []
     modules: list[Any] = [model]
     for m in modules:
         if m is None:
             continue
-        state += (id(m), type(m), m.training)
-        for name, p in m._parameters.items():
-            if p is not None:
-                state += (name, id(p), p.requires_grad, p.shape)
-        modules += m._modules.values()
+        d = m.__dict__
+        state += (id(m), type(m), d["training"], len(d["_forward_hooks"]), len(d["_forward_pre_hooks"]))
+        state.append(id(d.get("p")))  # dropout's: its error says to set it to 0
+        if own := d["_parameters"]:
+            for name, p in own.items():
+                if p is not None:
+                    state += (name, id(p), p.requires_grad, p.shape)
+        if children := d["_modules"]:
+            modules += children.values()
     return state
 
 
@@ -125,7 +131,7 @@ _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 def choose(problem: Problem, device: Device, dtype: DType, name: str | None = None) -> ModuleType:
     """The backend of that name (or of FASTMAML_BACKEND), else the first that can.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason when the named one cannot run this.
+    Raises ValueError for an unknown name, RuntimeError with the reasons when the named one, or none, can.
     """
     name = name or os.environ.get("FASTMAML_BACKEND") or None
     if (name, device, dtype) in problem.memo:
@@ -138,7 +144,10 @@ def choose(problem: Problem, device: Device, dtype: DType, name: str | None = No
         chosen = BACKENDS[name]
     else:
         reasons = {n: b.supports(problem, device, dtype) for n, b in BACKENDS.items()}
-        first = next(n for n, why in reasons.items() if why is None)
+        first = next((n for n, why in reasons.items() if why is None), None)
+        if first is None:
+            why = "; ".join(f"{n}: {why}" for n, why in reasons.items())
+            raise RuntimeError(f"no backend can run this ({why})")
         chosen = BACKENDS[first]
         if first == "torch" and problem.model not in _warned:
             _warned.add(problem.model)

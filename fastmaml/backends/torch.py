@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from ..reference import _call
+from ..running import innermost
 
 if TYPE_CHECKING:
     from . import Problem
@@ -22,7 +23,37 @@ Weights = list[Tensor]  # [T, *shape] per parameter
 
 def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or the reason why this backend cannot run the problem."""
-    return None if dtype.is_floating_point else f"it takes floating point, not {dtype}"
+    if not dtype.is_floating_point:
+        return f"it takes floating point, not {dtype}"
+    # what has a Program runs under vmap and draws no random numbers
+    return None if problem.program else _why_not_vmapped(problem, device, dtype)
+
+
+_RANDOM = (
+    "draws random numbers: every sweep over the data would draw others, and the gradients would be wrong; "
+    "call model.eval() (or set p=0, for dropout), or use fastmaml.reference"
+)
+
+
+def _why_not_vmapped(problem, device, dtype) -> str | None:
+    """What vmap refuses of the model, such as active dropout: found by one gradient on two examples."""
+    model = problem.model
+    w = [p.detach().to(device, dtype)[None] for p in model.parameters()]
+    x = torch.ones(1, 2, *problem.example_shape, device=device, dtype=dtype)
+    try:
+        vmap(grad(lambda w, x: _output(problem, w, x).sum()), randomness="error")(w, x)
+    except Exception as error:  # another error is left to the call itself
+        if _drew(error) or str(error).startswith("vmap: "):
+            names = {id(m): path for path, m in model.named_modules()}
+            path, module = innermost(names, error) or ("", model)
+            why = _RANDOM if _drew(error) else f"cannot run under {error}; use fastmaml.reference"
+            return f"{f'{path!r}' if path else 'the model'} ({type(module).__name__}) {why}"
+    return None
+
+
+def _drew(error: Exception) -> bool:
+    """Whether this is how vmap refuses random numbers."""
+    return isinstance(error, RuntimeError) and "randomness error mode" in str(error)
 
 
 def _output(problem, w, x):
@@ -41,7 +72,12 @@ def _loss(problem):
 
 def _map(f, *args):
     dims = tuple(None if a is None else 0 for a in args)
-    return vmap(f, in_dims=dims, randomness="different")(*args)
+    try:
+        return vmap(f, in_dims=dims, randomness="error")(*args)
+    except RuntimeError as error:  # of a loss, or of a module that draws on some inputs only
+        if _drew(error):
+            raise RuntimeError(f"the model or the loss {_RANDOM}") from error
+        raise
 
 
 def _own(problem, params, T) -> Weights:
