@@ -1,6 +1,6 @@
 """The ways to get a meta-gradient that are compared: the gradient of the mean query loss, in parameter order.
 
-A peer is a function `build(case, dtype)` that returns `step()`: one meta-step, its gradients finished on return.
+A peer is a function `build(case, dtype)` that returns `step()`: one meta-step, gradients finished on return.
 What a training loop does once (models, conversions) is done in `build`.
 """
 

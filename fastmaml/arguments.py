@@ -48,6 +48,8 @@ def parameters(
     problem: Problem, params: Mapping[str, Tensor], x: Tensor, what: str = "params"
 ) -> list[Tensor]:
     """`params` in the order of problem.names, contiguous: each [*shape], or [T, *shape]."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"{what} must be a dict name -> tensor, got {type(params).__name__}")
     if len(params) != len(problem.names) or any(n not in params for n in problem.names):
         missing, extra = set(problem.names) - set(params), set(params) - set(problem.names)
         raise ValueError(
@@ -78,11 +80,8 @@ def target(problem: Problem, y: Tensor | tuple[Tensor, Tensor], x: Tensor, name:
         check_shape(name, y, (T, N))
         if y.dtype is not torch.int64:
             raise TypeError(f"{name} must hold class indices of dtype torch.int64, got {y.dtype}")
-        # reading the labels would stop a graph being compiled, and a GPU
-        if out and y.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = (int(label) for label in torch.aminmax(y))
-            if low < 0 or high >= out[-1]:
-                raise ValueError(f"{name} must hold labels from 0 to {out[-1] - 1}, got {low} to {high}")
+        if out:
+            check_labels(name, y, out[-1])
     elif isinstance(problem.loss, MSE):
         if out is not None:
             check_shape(name, y, (T, N, *out))
@@ -100,6 +99,33 @@ def target(problem: Problem, y: Tensor | tuple[Tensor, Tensor], x: Tensor, name:
             f"{name} and its weight have no derivative here: detach them, or use fastmaml.reference"
         )
     return y.contiguous(), weight
+
+
+def check_labels(name: str, y: Tensor, classes: int) -> None:
+    # reading them would stop a graph being compiled, and a GPU
+    if y.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(label) for label in torch.aminmax(y))
+        if low < 0 or high >= classes:
+            raise ValueError(f"{name} must hold labels from 0 to {classes - 1}, got {low} to {high}")
+
+
+def signature(params: Mapping[str, Tensor], *data: Any) -> tuple[Any, ...] | None:
+    """All that the checks of plain contiguous tensors look at; None for anything that they must see again.
+
+    A call like the last one is checked by comparing this: the checks one by one take as long as a small
+    network's inner loop.
+    """
+    x = data[0]
+    if not isinstance(params, Mapping) or not isinstance(x, Tensor):
+        return None
+    if x.dim() < 3 or not x.is_floating_point():
+        return None
+    seen: list[Any] = [*params]
+    for a in (*data, *params.values()):
+        if not isinstance(a, Tensor) or not a.is_contiguous():
+            return None
+        seen += (a.shape, a.dtype, a.device)
+    return None if any(y.requires_grad for y in data[1::2]) else tuple(seen)
 
 
 def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ class Case:
                 return type(a)(cast(b) for b in a)
             return {n: cast(b) for n, b in a.items()} if isinstance(a, dict) else a
 
-        parts = map(cast, (self.params, self.support, self.query))
-        return Case(self.model, *parts, self.loss, cast(self.lr), self.steps, self.first_order)
+        params, support, query, lr = map(cast, (self.params, self.support, self.query, self.lr))
+        return Case(self.model, params, support, query, self.loss, lr, self.steps, self.first_order)
 
     def leaves(self) -> dict[str, list[Tensor]]:
         """What to differentiate by, in groups that are compared at one scale."""

@@ -1,5 +1,7 @@
 """Bad input gets a clear error before any work, on every backend alike."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,46 @@ def test_valid_arguments_pass(given):
 )
 def test_x(given, x, error, match):
     raises(error, match, given, support=(x, given["support"][1]))
+
+
+def test_params_that_are_no_dict(given):
+    raises(TypeError, "must be a dict name -> tensor, got list", given, params=list(given["params"].values()))
+
+
+def test_a_call_like_the_last_one_is_checked_too(model):
+    """A signature stands for the checks then: whatever it leaves out goes unnoticed."""
+    params = dict(model.named_parameters())
+    x, y = torch.randn(T, N, I), torch.randint(C, (T, N))
+    call = {"loss": "cross_entropy", "lr": 0.1, "steps": 1}
+
+    def run(params=params, x_s=x, y_s: Any = y, x_q=x, y_q=y, **how):
+        return functional.meta_loss(model, params, (x_s, y_s), (x_q, y_q), **(call | how))
+
+    first = run()
+    assert torch.equal(run(), first)
+    for error, match, spoiled in [
+        (
+            ValueError,
+            "support y must hold labels from 0 to 4, got 0 to 5",
+            {"y_s": torch.tensor(T * [[0, 1, 2, 5]])},
+        ),
+        (ValueError, "query y must hold labels", {"y_q": -torch.ones_like(y)}),
+        (ValueError, "query y must have shape", {"y_q": y[:, :2].contiguous()}),
+        (TypeError, "class indices", {"y_s": y.int()}),
+        (TypeError, "query x must be torch.float32", {"x_q": x.double()}),
+        (ValueError, "missing", {"params": params | {"more": x}}),
+        (ValueError, "steps must be at least 0", {"steps": -1}),
+        (ValueError, "chunk_tasks must be at least 1", {"chunk_tasks": 0}),
+        (ValueError, "list of 3", {"lr": [0.1, 0.1, 0.1]}),
+    ]:
+        with pytest.raises(error, match=match):
+            run(**spoiled)
+        assert torch.equal(run(), first)
+    reordered = {n: params[n] for n in reversed(params)}
+    assert torch.equal(run(params=reordered), first)
+    assert torch.equal(run(params=reordered), first)
+    assert not torch.equal(run(y_s=(y, torch.rand(T, N))), first)
+    assert torch.equal(run(x_s=x.mT.contiguous().mT), first)
 
 
 def test_x_that_the_model_cannot_take(given):

@@ -14,16 +14,11 @@ from fastmaml.backends import cpu
 CHECK = settings(
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]
     print_blob=False,
     phases=[Phase.explicit, Phase.generate],
 )
-BACKENDS = [
-    pytest.param("cpu", marks=pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")),
-    "torch",
-]
-# a draw costs the torch backend many times what it costs the cpu one
-SHARE = {"cpu": 1.0, "torch": 0.15}
+BACKENDS = ["torch"] if cpu.available() is not None else ["cpu", "torch"]
 
 
 def meta_loss(f, c: Case, **how) -> Tensor:
@@ -44,7 +39,7 @@ def inner_loop(f, c: Case, **how) -> Tensor:
     fast = f.inner_loop(
         c.model, c.params, *c.support, loss=c.loss, lr=c.lr, steps=c.steps, first_order=c.first_order, **how
     )
-    return sum(_mix(w) for w in fast.values())
+    return torch.stack([_mix(w) for w in fast.values()]).sum()
 
 
 def value_and_grad(f, c: Case, **how) -> Tensor:
@@ -65,7 +60,7 @@ FUNCTIONS = [meta_loss, inner_loop, value_and_grad, apply]
 
 
 def conditioning(function, c: Case, how: dict) -> float:
-    """How far the reference's own result moves, relative, when the parameters move by a relative 1e-13; over 1e-13."""
+    """The relative change of the reference's own result over that of the parameters, for one of 1e-13."""
     before = _everything(function, reference, c, how)
     generator = torch.Generator().manual_seed(0)
     moved = Case(**vars(c))
@@ -84,9 +79,8 @@ def _everything(function, f, c: Case, how: dict) -> dict[str, Tensor]:
     return {"value": value.detach().reshape(1), **gradients(value, c)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float64(backend: str) -> None:
-    @settings(CHECK, max_examples=int(300 * SHARE[backend]))
+def test_float64() -> None:
+    @settings(CHECK, max_examples=300)
     @given(case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans())
     def check(case: Case, function, knobs: bool) -> None:
         how: dict = {"chunk_tasks": 2} if knobs else {}
@@ -95,51 +89,47 @@ def test_float64(backend: str) -> None:
         if function is meta_loss:
             how["reduction"] = "sum"
         truth = _everything(function, reference, case, how)
-        actual = _everything(function, functional, case, {**how, "backend": backend})
-        errors = {n: error(actual[n], truth[n]) for n in truth}
-        if (
-            max(errors.values()) > 1e-10
-        ):  # only an ill-conditioned draw may be further away, and only by its conditioning
-            assert max(errors.values()) < 100 * torch.finfo(torch.float64).eps * conditioning(
-                function, case, how
-            ), errors
+        for backend in BACKENDS:
+            actual = _everything(function, functional, case, {**how, "backend": backend})
+            errors = {n: error(actual[n], truth[n]) for n in truth}
+            if max(errors.values()) > 1e-10:  # only as far as the draw is ill-conditioned
+                bound = 100 * torch.finfo(torch.float64).eps * conditioning(function, case, how)
+                assert max(errors.values()) < bound, (backend, errors)
 
     check()
 
 
-# A draw of SiLU, GELU or such is further from the truth than twice the reference on the cpu backend: to be found and mended.
-@pytest.mark.xfail(strict=False, reason="one draw on the cpu backend exceeds the bound")
-@pytest.mark.filterwarnings("ignore:Generating overly large repr")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_is_as_accurate_as_the_reference(backend: str) -> None:
-    @settings(CHECK, max_examples=int(60 * SHARE[backend]))
+def test_float32_is_as_accurate_as_the_reference() -> None:
+    @settings(CHECK, max_examples=100)
     @given(case=cases(smooth=True, norms=False, max_width=24))
     def check(case: Case) -> None:
         truth = _everything(meta_loss, reference, case, {})
         single = case.to(torch.float32)
         case.model.float()
         same = _everything(meta_loss, reference, single, {})
-        actual = _everything(meta_loss, functional, single, {"backend": backend})
-        for n in truth:
-            floor = 16 * torch.finfo(torch.float32).eps
-            assert error(actual[n], truth[n]) <= 2 * error(same[n], truth[n]) + floor, n
+        for backend in BACKENDS:
+            actual = _everything(meta_loss, functional, single, {"backend": backend})
+            for n in truth:
+                floor = 16 * torch.finfo(torch.float32).eps
+                ours, theirs = error(actual[n], truth[n]), error(same[n], truth[n])
+                assert ours <= 2 * theirs + floor, f"{backend}, {n}: {ours:.1e} off, reference {theirs:.1e}"
 
     check()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_hvp(backend: str) -> None:
-    @settings(CHECK, max_examples=int(40 * SHARE[backend]))
+def test_hvp() -> None:
+    @settings(CHECK, max_examples=60)
     @given(case=cases())
     def check(case: Case) -> None:
         v = {n: torch.randn_like(p).detach() for n, p in case.params.items()}
-        call = dict(
-            model=case.model, params=case.params, v=v, x=case.query[0], y=case.query[1], loss=case.loss
-        )
-        truth, actual = reference.hvp(**call), functional.hvp(**call, backend=backend)
+        call = case.model, case.params, v, *case.query
+        truth = reference.hvp(*call, loss=case.loss)
         scale = max(float(a.detach().abs().max()) for a in truth.values())
-        for n in truth:
-            assert float((actual[n] - truth[n]).detach().abs().max()) <= 1e-10 * scale + 1e-12, n
+        for backend in BACKENDS:
+            actual = functional.hvp(*call, loss=case.loss, backend=backend)
+            for n in truth:
+                worst = float((actual[n] - truth[n]).detach().abs().max())
+                assert worst <= 1e-10 * scale + 1e-12, (backend, n)
 
     check()
 

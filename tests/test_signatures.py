@@ -63,5 +63,12 @@ def test_meta_value_and_grad_has_no_reduction_none() -> None:
     x = torch.randn(2, 3, 1)
     with pytest.raises(ValueError, match='"mean" or "sum"'):
         functional.meta_value_and_grad(
-            model, dict(model.named_parameters()), (x, x), (x, x), loss="mse", lr=0.1, steps=1, reduction="none"
+            model,
+            dict(model.named_parameters()),
+            (x, x),
+            (x, x),
+            loss="mse",
+            lr=0.1,
+            steps=1,
+            reduction="none",
         )
