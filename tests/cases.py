@@ -43,7 +43,7 @@ class Case:
         return f"Case({self.model}, {sizes}, {self.loss}, steps={self.steps}, first_order={self.first_order})"
 
     def to(self, dtype: torch.dtype) -> "Case":
-        def cast(a):
+        def cast(a: Any) -> Any:
             if isinstance(a, Tensor):
                 return a.detach().to(dtype).requires_grad_(a.requires_grad) if a.is_floating_point() else a
             if isinstance(a, (tuple, list)):
