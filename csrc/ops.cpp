@@ -16,17 +16,15 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-using Floats = std::vector<double>;
+using Text = std::string;
 
 // Fills a Request from tensors, and keeps the contiguous copies that it points into alive.
 class Builder {
  public:
   Request q;
 
-  Builder(const Tensors& params, const Tensor& x, const Ints& ints, const Floats& floats, Tail tail)
-      : like_(x) {
-    q.program = decode(ints, floats);
+  Builder(const Tensors& params, const Tensor& x, const Text& program, Tail tail) : like_(x) {
+    q.program = decode(program);
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                     "x must be float32 or float64");
     q.is_double = x.scalar_type() == ScalarType::Double;
@@ -94,6 +92,10 @@ class Builder {
     *at = outputs.back().mutable_data_ptr();
   }
   void loss(Tensors& outputs) { output(outputs, true, {q.T}, &q.loss); }
+  void meta_loss(Tensors& outputs, bool per_task) {
+    if (per_task) return loss(outputs);
+    output(outputs, true, {}, &q.total_loss);
+  }
   void grads(Tensors& outputs, bool wanted) { output(outputs, wanted, {rows(), q.program.P}, &q.grads); }
   void grad_lr(Tensors& outputs, bool wanted) {
     output(outputs, wanted && q.K > 0, {rows(), q.K, q.S}, &q.grad_lr);
@@ -114,8 +116,8 @@ class Builder {
 
 // Each returns what is wanted of its results, in the order of the flags.
 
-Tensors apply(Tensors params, Tensor x, Ints ints, Floats floats) {
-  Builder b(params, x, ints, floats, Tail::output);
+Tensors apply(Tensors params, Tensor x, Text program) {
+  Builder b(params, x, program, Tail::output);
   b.q.query = b.set(x, nullptr, {});
   const Buffer& out = b.q.program.buffers[b.q.program.output];
   Tensors outputs;
@@ -124,9 +126,9 @@ Tensors apply(Tensors params, Tensor x, Ints ints, Floats floats) {
   return outputs;
 }
 
-Tensors apply_backward(Tensors params, Tensor x, Tensor grad_out, Ints ints, Floats floats, bool grad_params,
+Tensors apply_backward(Tensors params, Tensor x, Tensor grad_out, Text program, bool grad_params,
                        bool grad_x) {
-  Builder b(params, x, ints, floats, Tail::output);
+  Builder b(params, x, program, Tail::output);
   b.q.query = b.set(x, nullptr, {});
   b.q.seed = b.data(grad_out, "grad_out");
   b.split_tasks(false);
@@ -137,8 +139,8 @@ Tensors apply_backward(Tensors params, Tensor x, Tensor grad_out, Ints ints, Flo
   return outputs;
 }
 
-Tensors value_and_grad(Tensors params, Tensor x, Tensor y, MaybeTensor weight, Ints ints, Floats floats) {
-  Builder b(params, x, ints, floats, Tail::loss);
+Tensors value_and_grad(Tensors params, Tensor x, Tensor y, MaybeTensor weight, Text program) {
+  Builder b(params, x, program, Tail::loss);
   b.q.query = b.set(x, &y, weight);
   b.split_tasks(true);
   Tensors outputs;
@@ -149,9 +151,8 @@ Tensors value_and_grad(Tensors params, Tensor x, Tensor y, MaybeTensor weight, I
 }
 
 Tensors value_and_grad_backward(Tensors params, Tensor x, Tensor y, MaybeTensor weight, MaybeTensor grad_loss,
-                                Tensor v, Ints ints, Floats floats, bool per_task, bool grad_params,
-                                bool grad_x) {
-  Builder b(params, x, ints, floats, Tail::curvature);
+                                Tensor v, Text program, bool per_task, bool grad_params, bool grad_x) {
+  Builder b(params, x, program, Tail::curvature);
   b.q.query = b.set(x, &y, weight);
   if (grad_loss) b.q.grad_loss = b.data(*grad_loss, "grad_loss");
   b.q.seed = b.data(v, "v");
@@ -163,9 +164,9 @@ Tensors value_and_grad_backward(Tensors params, Tensor x, Tensor y, MaybeTensor 
   return outputs;
 }
 
-Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Ints ints,
-                   Floats floats, int64_t steps) {
-  Builder b(params, x, ints, floats, Tail::weights);
+Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Text program,
+                   int64_t steps) {
+  Builder b(params, x, program, Tail::weights);
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
   Tensors outputs;
@@ -175,9 +176,9 @@ Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor we
 }
 
 Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Tensor v,
-                            Ints ints, Floats floats, int64_t steps, bool first_order,
-                            int64_t checkpoint_every, bool grad_params, bool grad_lr, bool grad_x) {
-  Builder b(params, x, ints, floats, Tail::weights);
+                            Text program, int64_t steps, bool first_order, int64_t checkpoint_every,
+                            bool grad_params, bool grad_lr, bool grad_x) {
+  Builder b(params, x, program, Tail::weights);
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
   b.q.seed = b.data(v, "v");
@@ -192,17 +193,18 @@ Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, Maybe
 }
 
 Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s, Tensor x_q,
-                  Tensor y_q, MaybeTensor weight_q, Ints ints, Floats floats, int64_t steps, bool first_order,
-                  int64_t checkpoint_every, bool per_task, bool grad_params, bool grad_lr, bool grad_x_s,
-                  bool grad_x_q) {
-  Builder b(params, x_s, ints, floats, Tail::loss);
+                  Tensor y_q, MaybeTensor weight_q, Text program, int64_t steps, bool first_order,
+                  int64_t checkpoint_every, bool per_task, double scale, bool grad_params, bool grad_lr,
+                  bool grad_x_s, bool grad_x_q) {
+  Builder b(params, x_s, program, Tail::loss);
   b.q.support = b.set(x_s, &y_s, weight_s);
   b.q.query = b.set(x_q, &y_q, weight_q);
   b.set_lr(lr, steps);
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;
+  b.q.scale = scale;
   b.split_tasks(per_task);
   Tensors outputs;
-  b.loss(outputs);
+  b.meta_loss(outputs, per_task);
   b.grads(outputs, grad_params);
   b.grad_lr(outputs, grad_lr);
   b.grad_like(outputs, grad_x_s, x_s, &b.q.grad_x_s);
@@ -214,27 +216,28 @@ Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastmaml, m) {
-  m.def("apply(Tensor[] params, Tensor x, int[] ints, float[] floats) -> Tensor[]");
+  m.def("apply(Tensor[] params, Tensor x, str program) -> Tensor[]");
   m.def(
-      "apply_backward(Tensor[] params, Tensor x, Tensor grad_out, int[] ints, float[] floats, "
+      "apply_backward(Tensor[] params, Tensor x, Tensor grad_out, str program, "
       "bool grad_params, bool grad_x) -> Tensor[]");
   m.def(
-      "value_and_grad(Tensor[] params, Tensor x, Tensor y, Tensor? weight, int[] ints, float[] floats) "
+      "value_and_grad(Tensor[] params, Tensor x, Tensor y, Tensor? weight, str program) "
       "-> Tensor[]");
   m.def(
       "value_and_grad_backward(Tensor[] params, Tensor x, Tensor y, Tensor? weight, Tensor? grad_loss, "
-      "Tensor v, int[] ints, float[] floats, bool per_task, bool grad_params, bool grad_x) -> Tensor[]");
+      "Tensor v, str program, bool per_task, bool grad_params, bool grad_x) -> Tensor[]");
   m.def(
-      "inner_loop(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, int[] ints, "
-      "float[] floats, int steps) -> Tensor[]");
+      "inner_loop(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, str program, int steps) -> "
+      "Tensor[]");
   m.def(
       "inner_loop_backward(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, Tensor v, "
-      "int[] ints, float[] floats, int steps, bool first_order, int checkpoint_every, bool grad_params, "
+      "str program, int steps, bool first_order, int checkpoint_every, bool grad_params, "
       "bool grad_lr, bool grad_x) -> Tensor[]");
   m.def(
       "meta_loss(Tensor[] params, Tensor lr, Tensor x_s, Tensor y_s, Tensor? weight_s, Tensor x_q, "
-      "Tensor y_q, Tensor? weight_q, int[] ints, float[] floats, int steps, bool first_order, "
-      "int checkpoint_every, bool per_task, bool grad_params, bool grad_lr, bool grad_x_s, bool grad_x_q) "
+      "Tensor y_q, Tensor? weight_q, str program, int steps, bool first_order, "
+      "int checkpoint_every, bool per_task, float scale, bool grad_params, bool grad_lr, bool grad_x_s, bool "
+      "grad_x_q) "
       "-> Tensor[]");
 }
 

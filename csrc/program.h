@@ -2,7 +2,10 @@
 // types.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace fastmaml {
@@ -56,18 +59,23 @@ struct Program {
   double label_smoothing = 0;
 };
 
-// ints: [buffers, params, ops, output, P, loss], then R C | O I matrix adapt offset | kind in0 in1 out w b
-// act mask floats: label_smoothing, then attr slope mask_slope per op
-template <class Ints, class Floats>
-Program decode(const Ints& ints, const Floats& floats) {
-  std::size_t i = 0, f = 0;
+// text: whole numbers with spaces between them, real ones as their bits:
+//   buffers params ops output P loss label_smoothing, then for each  R C | O I matrix adapt offset |
+//   kind in0 in1 out w b act mask attr slope mask_slope
+inline Program decode(const std::string& text) {
+  const char* at = text.c_str();
   auto next = [&]() -> int64_t {
-    if (i >= ints.size()) throw std::invalid_argument("fastmaml: the encoded program is cut short");
-    return ints[i++];
+    char* end;
+    const long long value = std::strtoll(at, &end, 10);
+    if (end == at) throw std::invalid_argument("fastmaml: the encoded program is cut short");
+    at = end;
+    return value;
   };
   auto real = [&]() -> double {
-    if (f >= floats.size()) throw std::invalid_argument("fastmaml: the encoded program is cut short");
-    return floats[f++];
+    const int64_t bits = next();
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
   };
   Program p;
   p.buffers.resize(next());
@@ -77,15 +85,13 @@ Program decode(const Ints& ints, const Floats& floats) {
   p.P = next();
   p.loss = Loss(next());
   p.label_smoothing = real();
-  for (Buffer& b : p.buffers) b = {next(), next()};
-  for (Param& q : p.params) {
+  for (Buffer& b : p.buffers) b.R = next(), b.C = next();
+  for (Param& q : p.params)
     q.O = next(), q.I = next(), q.matrix = next(), q.adapt = next(), q.offset = next();
-  }
   for (Op& o : p.ops) {
     o.kind = Kind(next());
-    o.in0 = next(), o.in1 = next(), o.out = next(), o.w = next(), o.b = next(), o.act = next(),
-    o.mask = next();
-    o.attr = real(), o.slope = real(), o.mask_slope = real();
+    o.in0 = next(), o.in1 = next(), o.out = next(), o.w = next(), o.b = next(), o.act = next();
+    o.mask = next(), o.attr = real(), o.slope = real(), o.mask_slope = real();
   }
   return p;
 }

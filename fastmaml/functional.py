@@ -128,10 +128,6 @@ def meta_value_and_grad(
         )
         how = problem, name, chunk_tasks, _PARAMS, steps, first_order, checkpoint_every, reduction
         value, grads, *_ = _run_meta(how, rates, data, ws)
-        if reduction == "mean":
-            value, grads = value.mean(), grads.mul_(1 / data[0].shape[0])
-        else:
-            value = value.sum()
         views = _parameter_grads(problem.strided[grads.element_size()], grads, ws)
     return value, dict(zip(problem.names, views, strict=True))
 
@@ -283,36 +279,36 @@ class _InnerLoop(Function):
 
 
 def _run_meta(how, lr, data, ws) -> Sequence[Any]:
-    """Each task's loss [T], and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
+    """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
     problem, name, chunk, needs, steps, first_order, every, reduction = how
     per_task = reduction == "none"
+    scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
 
     def run(ws, x_s, t_s, w_s, x_q, t_q, w_q):
         return BACKENDS[name].meta_loss(
             problem, ws, lr, (x_s, (t_s, w_s)), (x_q, (t_q, w_q)),
-            steps=steps, first_order=first_order, checkpoint_every=every, per_task=per_task, needs=needs,
+            steps=steps, first_order=first_order, checkpoint_every=every,
+            per_task=per_task, scale=scale, needs=needs,
         )  # fmt: skip
 
-    summed = (False, not per_task and not _any_own(problem, ws), not per_task, False, False)
+    summed = (not per_task, not per_task and not _any_own(problem, ws), not per_task, False, False)
     return _over_tasks(problem, chunk, run, ws, data, summed)
 
 
 class _MetaLoss(Function):
     @staticmethod
     def forward(ctx, how, lr, x_s, t_s, w_s, x_q, t_q, w_q, *ws):
-        problem, reduction = how[0], how[-1]
+        problem = how[0]
         value, *grads = _run_meta(how, lr, (x_s, t_s, w_s, x_q, t_q, w_q), ws)
         # the gradients are all that backward reads: nothing else stays in memory
         ctx.save_for_backward(*grads)
-        ctx.reduction, ctx.T = reduction, x_s.shape[0]
         ctx.own = [p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)]
         ctx.where = problem.strided[x_s.element_size()]
-        return value if reduction == "none" else value.mean() if reduction == "mean" else value.sum()
+        return value
 
     @staticmethod
     def backward(ctx, grad_out):
-        scale = grad_out / ctx.T if ctx.reduction == "mean" else grad_out
-        grads, grad_lr, grad_s, grad_q = (_scaled(g, scale) for g in ctx.saved_tensors)
+        grads, grad_lr, grad_s, grad_q = (_scaled(g, grad_out) for g in ctx.saved_tensors)
         grad_lr = None if grad_lr is None else grad_lr.sum(0)
         params = _parameter_grads(ctx.where, grads, ctx.own)
         return None, *_once((grad_lr, grad_s, None, None, grad_q, None, None, *params))

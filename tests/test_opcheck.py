@@ -15,18 +15,18 @@ def _arguments(own: bool):
     model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 2))
     problem = problem_for(model, (6,), losses.MSE())
     assert cpu.supports(problem, torch.device("cpu"), torch.float32) is None
-    ints, floats = problem.encoded[4]
+    program = problem.encoded[4]
     params = [torch.randn((T, *p.shape) if own else p.shape) for p in model.parameters()]
     s, q = ((torch.randn(T, n, 6), torch.randn(T, n, 2), None) for n in (N, Q))
     v, lr = torch.randn(T, problem.layout(4)[1]), torch.full((K, 1), 0.1)
     return {
-        "apply": (params, s[0], ints, floats),
-        "apply_backward": (params, s[0], torch.randn(T, N, 2), ints, floats, True, True),
-        "value_and_grad": (params, *s, ints, floats),
-        "value_and_grad_backward": (params, *s, torch.randn(T), v, ints, floats, False, True, True),
-        "inner_loop": (params, lr, *s, ints, floats, K),
-        "inner_loop_backward": (params, lr, *s, v, ints, floats, K, False, 0, True, True, True),
-        "meta_loss": (params, lr, *s, *q, ints, floats, K, False, 1, False, True, True, True, False),
+        "apply": (params, s[0], program),
+        "apply_backward": (params, s[0], torch.randn(T, N, 2), program, True, True),
+        "value_and_grad": (params, *s, program),
+        "value_and_grad_backward": (params, *s, torch.randn(T), v, program, False, True, True),
+        "inner_loop": (params, lr, *s, program, K),
+        "inner_loop_backward": (params, lr, *s, v, program, K, False, 0, True, True, True),
+        "meta_loss": (params, lr, *s, *q, program, K, False, 1, False, 0.5, True, True, True, False),
     }
 
 

@@ -101,8 +101,9 @@ struct Call {
   bool adjoint, keep;         // is there a sweep back; are the steps' activations and weights kept for it
   bool scaled;  // is the tangent a_k v a copy, because a_k is not one number or v changes while it is read
   bool any_own = false;
-  std::unique_ptr<T[]> theta;     // in slots, where shared by the tasks
-  std::unique_ptr<T[]> minus_lr;  // [K, P] in slots: -a, where it has a number for each element
+  std::unique_ptr<T[]> theta;        // in slots, where shared by the tasks
+  std::unique_ptr<T[]> minus_lr;     // [K, P] in slots: -a, where it has a number for each element
+  std::unique_ptr<double[]> losses;  // [T], where their sum is wanted
 
   explicit Call(const Request& request)
       : q(request),
@@ -117,6 +118,7 @@ struct Call {
     keep = adjoint && K > 0 && (second_order || q.grad_lr);
     scaled = S != 1 || plan.frozen || plan.tied;
     for (char own : q.own) any_own |= own != 0;
+    if (q.total_loss) losses.reset(new double[q.T]);
     theta.reset(new T[plan.P]());
     for (std::size_t i = 0; i < q.params.size(); ++i)
       if (!q.own[i])
@@ -336,16 +338,18 @@ struct Worker {
         copy_rows(p.rows(b), out.C, static_cast<const T*>(q.seed) + t * out_size, out.C, p.grad(b), p.ld(b));
     } else {
       const double value = loss<false>(p, q.query, t);
-      if (q.loss) static_cast<T*>(q.loss)[t] = T(value);
+      if (q.loss) static_cast<T*>(q.loss)[t] = T(q.scale * value);
+      if (q.total_loss) c.losses[t] = q.scale * value;
     }
     if (!c.adjoint && !q.grad_x_q) return;
     p.x_grad = q.grad_x_q;
     p.grad_dst = v;
+    p.grad_scale = T(q.scale);  // and with it all that comes after, which is linear in v
     if (q.tail == Tail::curvature) p.grad_scale = q.grad_loss ? static_cast<const T*>(q.grad_loss)[t] : T(0);
     clear_unused(v);
     backward<false>(p);
     T* x_out = q.grad_x_q ? static_cast<T*>(q.grad_x_q) + t * Q * x_size() : nullptr;
-    if (x_out) add_x_grad(p, q.tail == Tail::curvature ? p.grad_scale : T(1), p.grad(0), x_out);
+    if (x_out) add_x_grad(p, p.grad_scale, p.grad(0), x_out);
     if (q.tail != Tail::curvature || !plan.tangent[plan.program.output]) return;
     c.flat_to_slots(static_cast<const T*>(q.seed) + t * plan.program.P, u);
     p.t_w = u;
@@ -420,6 +424,11 @@ void run_call(const Request& q) {
       workers[worker]->run_task(t, t == begin, P ? sum : nullptr, L ? sum + P : nullptr);
     if (q.per_task) write(sum, j);
   });
+  if (q.total_loss) {
+    double total = 0;
+    for (int64_t t = 0; t < q.T; ++t) total += c.losses[t];
+    *static_cast<T*>(q.total_loss) = T(total);
+  }
   if (!sum_tasks) return;
   for (int64_t j = 1; j < groups; ++j)
     for (int64_t i = 0; i < both; ++i) sums[i] += sums[j * both + i];

@@ -48,30 +48,49 @@ void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], in
   nn<T, NP>(s.rows, rows, s.width, f, g.dst, s.ld, Update<T>{g.base, g.scale, g.scale_each});
 }
 
+// A part of the rows of a parameter or of its gradient.
+template <class T>
+const T* rows_from(const T* w, const Slot& s, int64_t row) {
+  return w ? w + row * s.ld : nullptr;
+}
+
 template <bool Dual, class T>
 void linear_backward(const OpPlan& o, const Pass<T>& p) {
   const Op& op = o.op;
   const Slot& s = p.plan.slots[op.w];
   const int64_t rows = p.rows(op.in0), ldx = p.ld(op.in0), ldd = p.ld(op.out);
-  const T* x = p.value(op.in0);
   const T* d = p.grad(op.out);
   const T* t_d = Dual ? p.t_grad(op.out) : nullptr;
-  if (p.wants_grad(o.tangent_in0)) {
-    Activate<T> e;
-    T* dx = Dual ? p.t_grad(op.in0) : p.grad(op.in0);
-    e.add = !o.first_in0;
-    if (op.mask) e.mask = x, e.ld_mask = ldx, e.mask_slope = op.mask_slope;
-    if constexpr (Dual)
-      times<T, 2>(s, false, rows, {t_d, d}, ldd, {p.param(op.w), p.t_param(op.w)}, dx, ldx, e);
-    else
-      times<T, 1>(s, false, rows, {d}, ldd, {p.param(op.w)}, dx, ldx, e);
-  }
-  if (p.wants_param_grad(op.w)) {
-    const ParamGrad<T> g = p.param_grad(op.w, o.first_w);
-    if (Dual && o.tangent_in0)
-      linear_weight_grad<T, 2>(s, rows, {x, p.t_value(op.in0)}, ldx, {t_d, d}, ldd, g);
-    else
-      linear_weight_grad<T, 1>(s, rows, {x}, ldx, {Dual ? t_d : d}, ldd, g);
+  const bool grad_x = p.wants_grad(o.tangent_in0), grad_w = p.wants_param_grad(op.w);
+  // Both gradients read the weights: a block of rows at a time, so that the second finds them in L2.
+  const int64_t fit = std::max<int64_t>((64 << 10) / (s.ld * sizeof(T)) / 24 * 24, 24);
+  const int64_t block = s.wide && grad_x && grad_w ? fit : s.rows;
+  for (int64_t row = 0; row < s.rows; row += block) {
+    Slot part = s;
+    part.rows = std::min(block, s.rows - row);
+    const int64_t column = s.wide ? row : 0;  // of x
+    const T* w = rows_from(p.param(op.w), s, row);
+    const T* t_w = Dual ? rows_from(p.t_param(op.w), s, row) : nullptr;
+    const T* x = p.value(op.in0) + column;
+    const T* t_x = Dual && o.tangent_in0 ? p.t_value(op.in0) + column : nullptr;
+    if (grad_x) {
+      Activate<T> e;
+      T* dx = (Dual ? p.t_grad(op.in0) : p.grad(op.in0)) + column;
+      e.add = !o.first_in0;
+      if (op.mask) e.mask = x, e.ld_mask = ldx, e.mask_slope = op.mask_slope;
+      if constexpr (Dual)
+        times<T, 2>(part, false, rows, {t_d, d}, ldd, {w, t_w}, dx, ldx, e);
+      else
+        times<T, 1>(part, false, rows, {d}, ldd, {w}, dx, ldx, e);
+    }
+    if (grad_w) {
+      ParamGrad<T> g = p.param_grad(op.w, o.first_w);
+      g.dst += row * s.ld, g.base = rows_from(g.base, s, row), g.scale_each = rows_from(g.scale_each, s, row);
+      if (t_x)
+        linear_weight_grad<T, 2>(part, rows, {x, t_x}, ldx, {t_d, d}, ldd, g);
+      else
+        linear_weight_grad<T, 1>(part, rows, {x}, ldx, {Dual ? t_d : d}, ldd, g);
+    }
   }
   if (p.wants_param_grad(op.b))
     column_sum<T, 1>(rows, ldd, {{Dual ? t_d : d, nullptr}}, p.param_grad(op.b, o.first_b));

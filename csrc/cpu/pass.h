@@ -81,20 +81,30 @@ struct ColumnTerm {
   const T* a;
   const T* b;
 };
+template <class T, int NV, int NP>
+FASTMAML_INLINE void column_sums(int64_t rows, int64_t ld, int64_t c, const ColumnTerm<T> (&terms)[NP],
+                                 const ParamGrad<T>& g) {
+  constexpr int W = lanes<T>;
+  Vec<T> acc[NV] = {};
+  for (const ColumnTerm<T>& term : terms) {
+    const T *a = term.a + c, *b = term.b + c;
+    if (term.b) {
+      for (int64_t r = 0; r < rows; ++r, a += ld, b += ld) FASTMAML_UNROLL(j, NV) {
+          acc[j] += load(a + W * j) * load(b + W * j);
+        });
+    } else {
+      for (int64_t r = 0; r < rows; ++r, a += ld) FASTMAML_UNROLL(j, NV) {
+          acc[j] += load(a + W * j);
+        });
+    }
+  }
+  Update<T>{g.base, g.scale, g.scale_each}.template finish<NV>(acc, 0, c, g.dst, 0);
+}
 template <class T, int NP>
 void column_sum(int64_t rows, int64_t ld, const ColumnTerm<T> (&terms)[NP], const ParamGrad<T>& g) {
-  constexpr int64_t W = lanes<T>;
-  for (int64_t c = 0; c < ld; c += W) {
-    Vec<T> acc{};
-    for (const ColumnTerm<T>& term : terms) {
-      if (term.b)
-        for (int64_t r = 0; r < rows; ++r) acc += load(term.a + r * ld + c) * load(term.b + r * ld + c);
-      else
-        for (int64_t r = 0; r < rows; ++r) acc += load(term.a + r * ld + c);
-    }
-    acc = g.scale_each ? load(g.scale_each + c) * acc : g.scale * acc;
-    store(g.dst + c, g.base ? load(g.base + c) + acc : acc);
-  }
+  int64_t c = 0;
+  for (; c + 4 * lanes<T> <= ld; c += 4 * lanes<T>) column_sums<T, 4>(rows, ld, c, terms, g);
+  for (; c < ld; c += lanes<T>) column_sums<T, 1>(rows, ld, c, terms, g);
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

@@ -30,6 +30,7 @@ struct Request {
   int64_t T = 0, K = 0;
   int64_t checkpoint_every = 0;  // 0: keep every W_k
   bool first_order = false;
+  double scale = 1;       // of the losses and the gradients of Tail::loss
   bool per_task = false;  // gradients [T, ..] instead of summed [1, ..]
   int threads = 1;
 
@@ -43,9 +44,10 @@ struct Request {
 
   // outputs; null: not wanted
   void* out = nullptr;
-  void* loss = nullptr;     // [T]
-  void* grads = nullptr;    // [T or 1, P]
-  void* grad_lr = nullptr;  // [T or 1, K, S]
+  void* total_loss = nullptr;  // [], in place of loss: the sum over tasks
+  void* loss = nullptr;        // [T]
+  void* grads = nullptr;       // [T or 1, P]
+  void* grad_lr = nullptr;     // [T or 1, K, S]
   void* grad_x_s = nullptr;
   void* grad_x_q = nullptr;
 };

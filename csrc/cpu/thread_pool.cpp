@@ -13,7 +13,8 @@
 namespace fastmaml {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(200);
+// long enough for what a training step does between two calls
+constexpr auto kSpin = std::chrono::microseconds(500);
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -5,6 +5,7 @@ csrc/cpu/inner_loop.h.
 """
 
 import math
+import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,8 +39,6 @@ _KINDS = {
 }
 _LOSSES = {type(None): 0, MSE: 1, CrossEntropy: 2}
 _ATTRIBUTE = {"batch_norm": "eps", "layer_norm": "eps", "leaky_relu": "negative_slope", "gelu": "tanh"}
-
-Encoded = tuple[list[int], list[float]]
 
 
 def available() -> str | None:
@@ -96,8 +95,8 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
-def _encode(problem: "Problem", itemsize: int) -> Encoded:
-    """The program as the flat lists that csrc/program.h decodes."""
+def _encode(problem: "Problem", itemsize: int) -> str:
+    """The program as the text that csrc/program.h decodes: one argument costs less than sixty."""
     program = problem.program
     assert program is not None
     folded = _fold_relu(program)
@@ -110,41 +109,32 @@ def _encode(problem: "Problem", itemsize: int) -> Encoded:
     matrices = {op.params[0] for _, op in ops if op.name == "linear"}
     offsets, size = problem.layout(itemsize)
 
-    ints = [
-        len(program.buffers),
-        len(problem.names),
-        len(ops),
-        program.output,
-        size,
-        _LOSSES[type(problem.loss)],
-    ]
-    floats = [float(getattr(problem.loss, "label_smoothing", 0.0))]
+    numbers = [len(program.buffers), len(problem.names), len(ops), program.output, size]
+    numbers += (_LOSSES[type(problem.loss)], _bits(getattr(problem.loss, "label_smoothing", 0.0)))
     for b, shape in enumerate(program.buffers):
-        ints += (0, 1) if b in unused else _rows_and_columns(shape)
+        numbers += (0, 1) if b in unused else _rows_and_columns(shape)
     for name, shape, adapt, offset in zip(problem.names, problem.shapes, problem.adapt, offsets, strict=True):
         matrix = name in matrices
-        ints += (*(shape if matrix else (math.prod(shape), 1)), int(matrix), int(adapt), offset)
+        numbers += (*(shape if matrix else (math.prod(shape), 1)), int(matrix), int(adapt), offset)
     for i, op in ops:
         w, b = (-1 if p is None else index[p] for p in (*op.params, None, None)[:2])
         inputs = (*op.inputs, -1)[:2]
-        ints += (
-            _KINDS[op.name],
-            *inputs,
-            outputs.get(i, op.output),
-            w,
-            b,
-            int(i in slopes),
-            int(inputs[0] in masks),
-        )
-        floats += (_attribute(op), slopes.get(i, 0.0), masks.get(inputs[0], 0.0))
-    return ints, floats
+        numbers += (_KINDS[op.name], *inputs, outputs.get(i, op.output), w, b)
+        numbers += (int(i in slopes), int(inputs[0] in masks))
+        numbers += map(_bits, (_attribute(op), slopes.get(i, 0.0), masks.get(inputs[0], 0.0)))
+    return " ".join(map(str, numbers))
 
 
 def _attribute(op: Op) -> float:
     return float(dict(op.attrs)[_ATTRIBUTE[op.name]]) if op.name in _ATTRIBUTE else 0.0
 
 
-def _encoded(problem: "Problem", x: Tensor) -> Encoded:
+def _bits(value: float) -> int:
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return bits
+
+
+def _encoded(problem: "Problem", x: Tensor) -> str:
     return problem.encoded[x.element_size()]
 
 
@@ -155,45 +145,45 @@ def _place(outputs: list[Tensor], want: tuple[bool, ...]) -> list[Tensor | None]
 
 
 def apply(problem, params, x):
-    (out,) = _op.apply(params, x, *_encoded(problem, x))
+    (out,) = _op.apply(params, x, _encoded(problem, x))
     return out.view(*x.shape[:2], *problem.program.buffers[problem.program.output])
 
 
 def apply_backward(problem, params, x, grad_out, *, needs):
     want = "params" in needs, "x" in needs
-    return _place(_op.apply_backward(params, x, grad_out, *_encoded(problem, x), *want), want)
+    return _place(_op.apply_backward(params, x, grad_out, _encoded(problem, x), *want), want)
 
 
 def value_and_grad(problem, params, x, y):
-    return _op.value_and_grad(params, x, *y, *_encoded(problem, x))
+    return _op.value_and_grad(params, x, *y, _encoded(problem, x))
 
 
 def value_and_grad_backward(problem, params, x, y, grad_loss, v, *, needs, per_task=False):
     want = "params" in needs, "x" in needs
     encoded = _encoded(problem, x)
-    return _place(
-        _op.value_and_grad_backward(params, x, *y, grad_loss, v, *encoded, per_task, *want), want
-    )
+    return _place(_op.value_and_grad_backward(params, x, *y, grad_loss, v, encoded, per_task, *want), want)
 
 
 def inner_loop(problem, params, lr, x, y, *, steps):
-    return _op.inner_loop(params, lr, x, *y, *_encoded(problem, x), steps)[0]
+    return _op.inner_loop(params, lr, x, *y, _encoded(problem, x), steps)[0]
 
 
 def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs):
     want = "params" in needs, "lr" in needs and steps > 0, "x" in needs
     encoded, every = _encoded(problem, x), checkpoint_every or 0
-    out = _op.inner_loop_backward(params, lr, x, *y, v, *encoded, steps, first_order, every, *want)
+    out = _op.inner_loop_backward(params, lr, x, *y, v, encoded, steps, first_order, every, *want)
     grads, grad_lr, grad_x = _place(out, want)
     return grads, _over_tasks(grad_lr, False), grad_x
 
 
-def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, needs):
+def meta_loss(
+    problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, scale, needs
+):
     (x_s, y_s), (x_q, y_q) = support, query
     want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
     encoded, every = _encoded(problem, x_s), checkpoint_every or 0
     loss, *out = _op.meta_loss(
-        params, lr, x_s, *y_s, x_q, *y_q, *encoded, steps, first_order, every, per_task, *want
+        params, lr, x_s, *y_s, x_q, *y_q, encoded, steps, first_order, every, per_task, scale, *want
     )
     grads, grad_lr, grad_s, grad_q = _place(out, want)
     return loss, grads, _over_tasks(grad_lr, per_task), grad_s, grad_q
@@ -218,13 +208,18 @@ class _Operators:
 
 _op = _Operators()
 
-# The shapes of the operators' results, for torch.compile. ints[4] is P, as encoded above.
+# The shapes of the operators' results, for torch.compile.
 
 
-def _rows(params: list[Tensor], ints: list[int], T: int, per_task: bool) -> int:
-    first = 6 + 2 * ints[0]
-    own = any(p.numel() != ints[first + 5 * i] * ints[first + 5 * i + 1] for i, p in enumerate(params))
-    return T if per_task or own else 1
+_HEAD = 7  # numbers before those of the buffers
+
+
+def _rows_and_P(params: list[Tensor], program: str, T: int, per_task: bool) -> tuple[int, int]:
+    """Of the gradient, as encoded above."""
+    numbers = list(map(int, program.split()))
+    first = _HEAD + 2 * numbers[0]
+    own = any(p.numel() != numbers[first + 5 * i] * numbers[first + 5 * i + 1] for i, p in enumerate(params))
+    return T if per_task or own else 1, numbers[4]
 
 
 def _wanted(x: Tensor, *shapes) -> list[Tensor]:
@@ -235,44 +230,43 @@ def _register_fakes() -> None:
     fake = torch.library.register_fake
 
     @fake("fastmaml::apply")
-    def _(params, x, ints, floats):
-        R, C = ints[6 + 2 * ints[3] : 8 + 2 * ints[3]]
-        return [x.new_empty(x.shape[0], x.shape[1], R * C)]
+    def _(params, x, program):
+        numbers = list(map(int, program.split()))
+        at = _HEAD + 2 * numbers[3]
+        return [x.new_empty(x.shape[0], x.shape[1], numbers[at] * numbers[at + 1])]
 
     @fake("fastmaml::apply_backward")
-    def _(params, x, grad_out, ints, floats, grad_params, grad_x):
-        rows = _rows(params, ints, x.shape[0], False)
-        return _wanted(x, (grad_params, (rows, ints[4])), (grad_x, x.shape))
+    def _(params, x, grad_out, program, grad_params, grad_x):
+        rows, P = _rows_and_P(params, program, x.shape[0], False)
+        return _wanted(x, (grad_params, (rows, P)), (grad_x, x.shape))
 
     @fake("fastmaml::value_and_grad")
-    def _(params, x, y, weight, ints, floats):
-        return [x.new_empty(x.shape[0]), x.new_empty(x.shape[0], ints[4])]
+    def _(params, x, y, weight, program):
+        return [x.new_empty(x.shape[0]), x.new_empty(_rows_and_P(params, program, x.shape[0], True))]
 
     @fake("fastmaml::value_and_grad_backward")
-    def _(params, x, y, weight, grad_loss, v, ints, floats, per_task, grad_params, grad_x):
-        rows = _rows(params, ints, x.shape[0], per_task)
-        return _wanted(x, (grad_params, (rows, ints[4])), (grad_x, x.shape))
+    def _(params, x, y, weight, grad_loss, v, program, per_task, grad_params, grad_x):
+        rows, P = _rows_and_P(params, program, x.shape[0], per_task)
+        return _wanted(x, (grad_params, (rows, P)), (grad_x, x.shape))
 
     @fake("fastmaml::inner_loop")
-    def _(params, lr, x, y, weight, ints, floats, steps):
-        return [x.new_empty(x.shape[0], ints[4])]
+    def _(params, lr, x, y, weight, program, steps):
+        return [x.new_empty(_rows_and_P(params, program, x.shape[0], True))]
 
     @fake("fastmaml::inner_loop_backward")
-    def _(params, lr, x, y, weight, v, ints, floats, steps, first_order, checkpoint_every,
+    def _(params, lr, x, y, weight, v, program, steps, first_order, checkpoint_every,
           grad_params, grad_lr, grad_x):  # fmt: skip
-        rows = _rows(params, ints, x.shape[0], False)
+        rows, P = _rows_and_P(params, program, x.shape[0], False)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
-        return _wanted(x, (grad_params, (rows, ints[4])), lr_grad, (grad_x, x.shape))
+        return _wanted(x, (grad_params, (rows, P)), lr_grad, (grad_x, x.shape))
 
     @fake("fastmaml::meta_loss")
-    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, ints, floats, steps, first_order,
-          checkpoint_every, per_task, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
-        rows = _rows(params, ints, x_s.shape[0], per_task)
+    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, steps, first_order,
+          checkpoint_every, per_task, scale, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
+        rows, P = _rows_and_P(params, program, x_s.shape[0], per_task)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
-        grads = _wanted(
-            x_s, (grad_params, (rows, ints[4])), lr_grad, (grad_x_s, x_s.shape), (grad_x_q, x_q.shape)
-        )
-        return [x_s.new_empty(x_s.shape[0]), *grads]
+        grads = _wanted(x_s, (grad_params, (rows, P)), lr_grad, (grad_x_s, x_s.shape), (grad_x_q, x_q.shape))
+        return [x_s.new_empty(x_s.shape[:1] if per_task else ()), *grads]
 
 
 if _C is not None:

@@ -247,17 +247,25 @@ def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, che
     return _reduce(problem, params, flatten(problem, v), False), g_lr, g_x
 
 
-def meta_loss(problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, needs):
+def meta_loss(
+    problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, scale, needs
+):
     (x, y), (x_q, y_q) = support, query
     every = checkpoint_every or max(steps, 1)
     back = needs & {"params", "lr", "x_s"}
+    of_task = _loss(problem)
+
+    def query_loss(*args):
+        return scale * of_task(*args)
+
     if not back and "x_q" not in needs:
         w = unflatten(problem, inner_loop(problem, params, lr, x, y, steps=steps))
-        return _map(_loss(problem), w, x_q, *y_q), None, None, None, None
+        loss = _map(query_loss, w, x_q, *y_q)
+        return loss if per_task else loss.sum(), None, None, None, None
     stored, w = _trajectory(problem, params, lr, x, y, steps, every)
     argnums = (0, 1) if "x_q" in needs else (0,)
-    (v, *g_xq), loss = _map(grad_and_value(_loss(problem), argnums=argnums), w, x_q, *y_q)
+    (v, *g_xq), loss = _map(grad_and_value(query_loss, argnums=argnums), w, x_q, *y_q)
     inner = {"x" if n == "x_s" else n for n in needs}
     v, g_lr, g_x = _adjoint(problem, stored, v, lr, x, y, steps, first_order, every, per_task, inner)
     grads = _reduce(problem, params, flatten(problem, v), per_task)
-    return loss, grads, g_lr, g_x, g_xq[0] if g_xq else None
+    return loss if per_task else loss.sum(), grads, g_lr, g_x, g_xq[0] if g_xq else None
