@@ -8,7 +8,6 @@ ARGS ?=
 V := .venv
 PIP := $(V)/bin/python -m pip install --disable-pip-version-check
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-BENCH_SUITES := $(wildcard bench/test_*.py)
 CPP_TESTS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/test_*.cpp))
 
 # torch finds ninja by PATH
@@ -45,8 +44,9 @@ demo: setup
 	$(V)/bin/fastmaml demo $(ARGS)
 
 bench: setup $(V)/.bench
-	$(if $(BENCH_SUITES),$(V)/bin/python -m pytest $(BENCH_SUITES) --benchmark-autosave --benchmark-storage=bench/results/benchmarks)
+	$(V)/bin/python -m pytest bench --benchmark-autosave --benchmark-storage=bench/results/benchmarks
 	$(V)/bin/python -m bench.meta_step $(or $(ARGS),sine omniglot-mlp)
+	$(V)/bin/python -m bench.memory
 
 lint: setup $(V)/.dev
 	$(V)/bin/ruff check .
