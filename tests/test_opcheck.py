@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastmaml
 from fastmaml import functional, losses
 from fastmaml.backends import cpu, problem_for
 
@@ -50,3 +51,49 @@ def test_a_compiled_training_step_is_the_same() -> None:
     grads = [torch.autograd.grad(f(support, query), list(model.parameters())) for f in (loss, compiled)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+CALLS = {
+    "apply": lambda model, p, s, q: functional.apply(model, p, q[0]).square().sum(),
+    "value_and_grad": lambda model, p, s, q: sum(
+        (g * g).sum() for g in functional.value_and_grad(model, p, *s, loss="mse")[1].values()
+    ),
+    "inner_loop": lambda model, p, s, q: sum(
+        (w * w).sum() for w in functional.inner_loop(model, p, *s, loss="mse", lr=0.1, steps=K).values()
+    ),
+    "MAML": lambda model, p, s, q: fastmaml.MAML(model, loss="mse", lr=0.1, steps=K)(*s, *q),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_functions_and_their_derivatives_are_the_same(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    support, query = ((torch.randn(T, n, 6), torch.randn(T, n, 2)) for n in (N, Q))
+
+    def run() -> torch.Tensor:
+        return CALLS[name](model, dict(model.named_parameters()), support, query)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    values = [f() for f in (run, compiled)]
+    torch.testing.assert_close(*values)
+    grads = [torch.autograd.grad(value, list(model.parameters())) for value in values]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["hvp", "meta_value_and_grad"])
+def test_compiled_functions_without_derivatives_are_the_same(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    support, query = ((torch.randn(T, n, 6), torch.randn(T, n, 2)) for n in (N, Q))
+
+    def run() -> dict[str, torch.Tensor]:
+        if name == "hvp":
+            return functional.hvp(model, params, params, *support, loss="mse")
+        return functional.meta_value_and_grad(model, params, support, query, loss="mse", lr=0.1, steps=K)[1]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")()
+    for n, a in run().items():
+        torch.testing.assert_close(compiled[n], a)
