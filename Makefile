@@ -59,15 +59,19 @@ format: setup $(V)/.dev
 	$(V)/bin/ruff format .
 	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-# The C++ tests drive the engine, csrc/cpu, without torch.
+# The C++ tests drive the engine, csrc/cpu, without torch: its variant for 16-byte vectors, once per sanitizer.
 SANITIZE_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZE_tsan := -fsanitize=thread
 CPP_BINARIES := $(foreach s,asan tsan,$(addprefix build/$(s)/,$(CPP_TESTS)))
+CPP_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -DFASTMAML_INLINE=inline -Icsrc -pthread
 
 define sanitizer
-build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(CSRC)
+build/$(1)/%.o: csrc/cpu/%.cpp $(CSRC)
 	@mkdir -p $$(@D)
-	$$(CXX) -std=c++17 -O1 -g -fno-omit-frame-pointer $$(SANITIZE_$(1)) -Icsrc -pthread $$< $(wildcard csrc/cpu/*.cpp) -o $$@
+	$$(CXX) $$(CPP_FLAGS) $$(SANITIZE_$(1)) -c $$< -o $$@
+build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) build/$(1)/isa_generic.o build/$(1)/thread_pool.o
+	$$(CXX) $$(CPP_FLAGS) $$(SANITIZE_$(1)) $$< $$(filter %.o,$$^) -o $$@
+.PRECIOUS: build/$(1)/%.o
 endef
 $(foreach s,asan tsan,$(eval $(call sanitizer,$(s))))
 

@@ -10,7 +10,6 @@
 #  include "request.h"
 #  include "thread_pool.h"
 
-#  pragma GCC diagnostic ignored "-Wpsabi"
 #  if defined(__clang__)
 #    pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #  else

@@ -7,7 +7,13 @@
 #include <type_traits>
 #include <utility>
 
-#define FASTMAML_INLINE inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector passes from one file to another
+
+// The sanitizers set it to plain `inline`: with all of it in a few functions gcc takes over ten minutes to
+// instrument them.
+#ifndef FASTMAML_INLINE
+#  define FASTMAML_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace fastmaml::FASTMAML_ISA {
 

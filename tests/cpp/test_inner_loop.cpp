@@ -1,108 +1,384 @@
-// The engine without torch, for the sanitizers: the meta-gradient against finite differences, on odd sizes and several threads.
-#include <cmath>
+// The engine without torch, for the sanitizers and for planted faults: values against naive.h, derivatives
+// against finite differences. It runs the variant for 16-byte vectors; that for AVX2 is the same source.
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <limits>
+#include <numeric>
 #include <random>
+#include <string>
+#include <thread>
 
 #include "cpu/request.h"
+#include "naive.h"
+#include "programs.h"
+
+namespace fastmaml {
+void run_generic(const Request&);
+}
 
 using namespace fastmaml;
+using naive::Vector;
 
 namespace {
 
-constexpr int64_t T = 9, N = 3, Q = 5, K = 3;
+std::string now;  // what is being tested
 
-std::vector<double> randoms(std::size_t n, unsigned seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<double> normal;
-  std::vector<double> v(n);
-  for (double& a : v) a = 0.5 * normal(generator);
+void fail(const std::string& what, double got, double wanted) {
+  std::printf("%s: %s: %.12g, not %.12g\n", now.c_str(), what.c_str(), got, wanted);
+  std::exit(EXIT_FAILURE);
+}
+
+// |got - wanted| <= tolerance * (1 + the largest wanted); not true of NaN
+void check(const std::string& what, const Vector& got, const Vector& wanted, double tolerance) {
+  if (got.size() != wanted.size()) fail(what + ": size", got.size(), wanted.size());
+  double largest = 0;
+  for (double a : wanted) largest = std::max(largest, std::abs(a));
+  for (std::size_t i = 0; i < got.size(); ++i)
+    if (!(std::abs(got[i] - wanted[i]) <= tolerance * (1 + largest)))
+      fail(what + " at " + std::to_string(i), got[i], wanted[i]);
+}
+
+Vector randoms(int64_t n, double low = -1, double high = 1) {
+  static std::mt19937 generator;
+  Vector v(n);
+  for (double& a : v) a = low + (high - low) * generator() / 4294967296.0;
   return v;
 }
 
-// 3 -> 9 -> 9 -> 2: linear, batch norm, tanh, linear (tied weights would share a slot), layer norm, silu, add, linear
-Program program(Loss loss) {
-  Program p;
-  p.buffers = {{1, 3}, {1, 9}, {1, 9}, {1, 9}, {1, 9}, {1, 9}, {1, 9}, {1, 9}, {1, 2}};
-  int64_t at = 0;
-  auto param = [&](int64_t O, int64_t I, bool matrix) {
-    p.params.push_back({O, I, matrix, true, at});
-    at += round_up(O * I, 8);
-    return static_cast<int64_t>(p.params.size()) - 1;
-  };
-  const int64_t w0 = param(9, 3, true), b0 = param(9, 1, false), g0 = param(9, 1, false), s0 = param(9, 1, false);
-  const int64_t w1 = param(9, 9, true), g1 = param(9, 1, false), s1 = param(9, 1, false), w2 = param(2, 9, true), b2 = param(2, 1, false);
-  p.ops = {{Kind::linear, 0, -1, 1, w0, b0, false, false, 0, 0, 0},
-           {Kind::batch_norm, 1, -1, 2, g0, s0, false, false, 1e-2, 0, 0},
-           {Kind::tanh, 2, -1, 3, -1, -1, false, false, 0, 0, 0},
-           {Kind::linear, 3, -1, 4, w1, -1, false, false, 0, 0, 0},
-           {Kind::layer_norm, 4, -1, 5, g1, s1, false, false, 1e-2, 0, 0},
-           {Kind::silu, 5, -1, 6, -1, -1, false, false, 0, 0, 0},
-           {Kind::add, 6, 3, 7, -1, -1, false, false, 0, 0, 0},
-           {Kind::linear, 7, -1, 8, w2, b2, false, false, 0, 0, 0}};
-  p.output = 8;
-  p.P = at;
-  p.loss = loss;
-  return p;
+Vector part(const Vector& v, int64_t t, int64_t size) {
+  return v.empty() ? v : Vector(v.begin() + t * size, v.begin() + (t + 1) * size);
 }
 
-int failures = 0;
+double dot(const Vector& a, const Vector& b) {
+  return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+}
 
-void check(Loss loss, int threads, int64_t checkpoint_every, bool per_element) {
-  Request q;
-  q.program = program(loss);
-  q.is_double = true;
-  q.T = T, q.K = K, q.threads = threads, q.checkpoint_every = checkpoint_every;
-  std::vector<double> theta = randoms(q.program.P, 1);
-  const std::vector<double> x_s = randoms(T * N * 3, 2), x_q = randoms(T * Q * 3, 3), y_s = randoms(T * N * 2, 4), y_q = randoms(T * Q * 2, 5);
-  const std::vector<int64_t> c_s(T * N, 1), c_q(T * Q, 0);
-  q.S = per_element ? q.program.P : 1;
-  std::vector<double> lr(K * q.S, 0.1);
-  for (const Param& p : q.program.params) q.params.push_back(theta.data() + p.offset), q.own.push_back(0);
-  const bool classes = loss == Loss::cross_entropy;
-  q.support = {x_s.data(), classes ? static_cast<const void*>(c_s.data()) : y_s.data(), nullptr, N};
-  q.query = {x_q.data(), classes ? static_cast<const void*>(c_q.data()) : y_q.data(), nullptr, Q};
-  q.lr = lr.data();
+enum Wanted { grads = 1, grad_lr = 2, grad_x_s = 4, grad_x_q = 8, all = 15 };
 
-  std::vector<double> losses(T), grads(q.program.P), grad_lr(K * q.S), grad_x(x_s.size());
-  q.loss = losses.data(), q.grads = grads.data(), q.grad_lr = grad_lr.data(), q.grad_x_s = grad_x.data();
-  run(q);
-  q.grads = q.grad_lr = q.grad_x_s = nullptr;
-  auto total = [&] {
-    run(q);
-    double sum = 0;
-    for (double l : losses) sum += l;
-    return sum;
-  };
-  auto compare = [&](const char* what, double* at, double derivative) {
-    const double h = 1e-6, old = *at;
-    *at = old + h;
-    const double up = total();
-    *at = old - h;
-    const double down = total();
-    *at = old;
-    const double expected = (up - down) / (2 * h);
-    if (std::abs(derivative - expected) > 1e-6 * (1 + std::abs(expected))) {
-      std::printf("%s: %.12g, finite differences %.12g\n", what, derivative, expected);
-      ++failures;
+struct Examples {
+  int64_t n;
+  Vector x, y, weight;  // y: numbers or classes
+};
+
+// A call, in double.
+struct Call {
+  Program program;
+  int64_t T, K, S;  // S: 1, params or P
+  Examples support, query;
+  std::vector<Vector> params;
+  Vector lr, seed, grad_loss;
+  bool own = false, all_own = false, first_order = false, per_task = false;
+  int64_t checkpoint_every = 0;
+  int threads = 1, wanted = 0;
+  Tail tail = Tail::loss;
+
+  bool is_own(std::size_t i) const { return own && (all_own || i % 2 == 0); }
+  int64_t size(int64_t buffer) const { return program.buffers[buffer].R * program.buffers[buffer].C; }
+
+  Vector flat(int64_t t) const {  // [P]
+    Vector w(program.P);
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      const int64_t n = program.params[i].O * program.params[i].I;
+      const Vector mine = part(params[i], is_own(i) ? t : 0, n);
+      std::copy(mine.begin(), mine.end(), w.begin() + program.params[i].offset);
     }
+    return w;
+  }
+  int64_t lr_index(int64_t k, int64_t param, int64_t at) const {
+    return k * S + (S == 1 ? 0 : S == program.P ? at : param);
+  }
+  // f(parameter, place in the flat vector) for every number
+  void each(const std::function<void(int64_t, int64_t)>& f) const {
+    for (std::size_t i = 0; i < params.size(); ++i)
+      for (int64_t j = 0; j < program.params[i].O * program.params[i].I; ++j)
+        f(static_cast<int64_t>(i), program.params[i].offset + j);
+  }
+};
+
+struct Results {
+  Vector out, loss, grads, grad_lr, grad_x_s, grad_x_q;
+};
+
+// Everything is allocated at its exact size, so that ASan sees what reads or writes past it, and the outputs
+// are NaN before.
+template <class S = double>
+Results run(const Call& c) {
+  std::vector<std::vector<S>> numbers;
+  std::vector<std::vector<int64_t>> classes;
+  auto input = [&](const Vector& v) -> const void* {
+    numbers.emplace_back(v.begin(), v.end());
+    return v.empty() ? nullptr : numbers.back().data();
   };
-  for (const Param& p : q.program.params)
-    for (int64_t i = 0; i < p.O * p.I; i += 4) compare("params", &theta[p.offset + i], grads[p.offset + i]);
-  for (int64_t i = 0; i < std::min<int64_t>(lr.size(), 60); i += 3) compare("lr", &lr[i], grad_lr[i]);
-  for (std::size_t i = 0; i < x_s.size(); i += 5) compare("x", const_cast<double*>(&x_s[i]), grad_x[i]);
+  auto set = [&](const Examples& e) {
+    Set s{input(e.x), nullptr, input(e.weight), e.n};
+    if (c.program.loss == Loss::mse) return s.target = input(e.y), s;
+    classes.emplace_back(e.y.begin(), e.y.end());
+    return s.target = classes.back().data(), s;
+  };
+  Request q;
+  q.program = c.program, q.is_double = sizeof(S) == 8, q.tail = c.tail, q.T = c.T, q.K = c.K, q.S = c.S;
+  q.checkpoint_every = c.checkpoint_every, q.first_order = c.first_order, q.per_task = c.per_task;
+  q.threads = c.threads, q.lr = input(c.lr), q.support = set(c.support), q.query = set(c.query);
+  for (std::size_t i = 0; i < c.params.size(); ++i)
+    q.params.push_back(input(c.params[i])), q.own.push_back(c.is_own(i));
+
+  std::vector<S> outputs[6];
+  auto output = [&](int i, bool wanted, int64_t size) -> void* {
+    if (wanted) outputs[i].assign(size, std::numeric_limits<S>::quiet_NaN());
+    return wanted ? outputs[i].data() : nullptr;
+  };
+  const int64_t rows = c.per_task ? c.T : 1, out_size = c.T * c.query.n * c.size(c.program.output);
+  const bool steps = c.K > 0, query = c.tail != Tail::weights, loss = query && c.tail != Tail::output;
+  q.out = output(0, !loss, query ? out_size : c.T * c.program.P);
+  q.loss = output(1, loss, c.T);
+  q.grads = output(2, c.wanted & grads, rows * c.program.P);
+  q.grad_lr = output(3, c.wanted & grad_lr && steps, rows * c.K * c.S);
+  q.grad_x_s = output(4, c.wanted & grad_x_s && steps, c.support.x.size());
+  q.grad_x_q = output(5, c.wanted & grad_x_q && query, c.query.x.size());
+  if (c.wanted || c.tail == Tail::curvature) q.seed = input(c.seed), q.grad_loss = input(c.grad_loss);
+  run_generic(q);
+  auto result = [&](int i) { return Vector(outputs[i].begin(), outputs[i].end()); };
+  return {result(0), result(1), result(2), result(3), result(4), result(5)};
+}
+
+// [T]: the numbers whose derivatives a call gives
+Vector objective(Call c) {
+  Vector value(c.T);
+  const bool curvature = c.tail == Tail::curvature;
+  if (curvature) c.tail = Tail::loss, c.per_task = true;
+  c.wanted = curvature ? grads : 0;
+  const Results r = run(c);
+  const Vector& f = c.tail == Tail::loss ? r.grads : r.out;
+  for (int64_t t = 0; t < c.T; ++t) {
+    if (c.tail == Tail::loss) value[t] = (curvature ? c.grad_loss[t] : 1) * r.loss[t];
+    if (!f.empty()) value[t] += dot(part(f, t, f.size() / c.T), part(c.seed, t, f.size() / c.T));
+  }
+  return value;
+}
+
+// The numbers of one kind in a call, and those of a task in the order of its gradient.
+struct Group {
+  const char* name;
+  std::vector<Vector*> (*numbers)(Call&);
+  Vector (*of_task)(const Call&, int64_t t);
+  Vector Results::*grad;
+};
+
+std::vector<Vector*> all_params(Call& c) {
+  std::vector<Vector*> v;
+  for (Vector& param : c.params) v.push_back(&param);
+  return v;
+}
+const Group groups[] = {
+    {"params", all_params, [](const Call& c, int64_t t) { return c.flat(t); }, &Results::grads},
+    {"lr", [](Call& c) { return std::vector<Vector*>{&c.lr}; }, [](const Call& c, int64_t) { return c.lr; },
+     &Results::grad_lr},
+    {"support x", [](Call& c) { return std::vector<Vector*>{&c.support.x}; },
+     [](const Call& c, int64_t t) { return part(c.support.x, t, c.support.x.size() / c.T); },
+     &Results::grad_x_s},
+    {"query x", [](Call& c) { return std::vector<Vector*>{&c.query.x}; },
+     [](const Call& c, int64_t t) { return part(c.query.x, t, c.query.x.size() / c.T); }, &Results::grad_x_q},
+};
+
+// Along a random direction.
+void check_derivative(const Call& c, const Group& group, const Vector& grad) {
+  const double h = 1e-5;
+  Call direction = c, up = c, down = c;
+  for (Vector* v : group.numbers(direction)) *v = randoms(v->size());
+  for (std::size_t i = 0; i < group.numbers(up).size(); ++i)
+    for (std::size_t j = 0; j < group.numbers(up)[i]->size(); ++j) {
+      (*group.numbers(up)[i])[j] += h * (*group.numbers(direction)[i])[j];
+      (*group.numbers(down)[i])[j] -= h * (*group.numbers(direction)[i])[j];
+    }
+  const int64_t size = group.of_task(c, 0).size();
+  if (size == 0) return;
+  const int64_t rows = grad.size() / size;  // the tasks, or 1 for their sum
+  const Vector f_up = objective(up), f_down = objective(down);
+  Vector got(rows), wanted(rows);
+  for (int64_t t = 0; t < c.T; ++t) wanted[rows == 1 ? 0 : t] += (f_up[t] - f_down[t]) / (2 * h);
+  for (int64_t t = 0; t < rows; ++t) got[t] = dot(part(grad, t, size), group.of_task(direction, t));
+  check(std::string("derivative by ") + group.name, got, wanted, 1e-6);
+}
+
+void check_same(const std::string& what, const Results& got, const Results& wanted, double tolerance) {
+  check(what + ": out", got.out, wanted.out, tolerance);
+  check(what + ": loss", got.loss, wanted.loss, tolerance);
+  for (const Group& g : groups)
+    if (!(got.*g.grad).empty())
+      check(what + ": gradient by " + g.name, got.*g.grad, wanted.*g.grad, tolerance);
+}
+
+// W_K of a task by naive.h: gradients are finite differences.
+Vector adapted(const Call& c, int64_t t) {
+  const double h = 1e-5;
+  Vector w = c.flat(t);
+  for (int64_t k = 0; k < c.K; ++k) {
+    Vector next = w;
+    auto loss = [&] {
+      const int64_t n = c.support.n;
+      return naive::loss(c.program, naive::output(c.program, w, part(c.support.x, t, n * c.size(0)), n),
+                         part(c.support.y, t, c.support.y.size() / c.T), part(c.support.weight, t, n), n);
+    };
+    c.each([&](int64_t param, int64_t at) {
+      if (!c.program.params[param].adapt) return;
+      const double old = std::exchange(w[at], w[at] + h), up = loss();
+      w[at] = old - h;
+      next[at] -= c.lr[c.lr_index(k, param, at)] * (up - loss()) / (2 * h);
+      w[at] = old;
+    });
+    w = next;
+  }
+  return w;
+}
+
+// What the call's tail gives out of the W_K [T, P].
+void check_values(const Call& c, const std::vector<Vector>& weights, const Results& got) {
+  Vector out, loss;
+  for (int64_t t = 0; t < c.T; ++t) {
+    const int64_t n = c.query.n;
+    const Vector z = naive::output(c.program, weights[t], part(c.query.x, t, n * c.size(0)), n);
+    const Vector& o = c.tail == Tail::weights ? weights[t] : z;
+    out.insert(out.end(), o.begin(), o.end());
+    loss.push_back(
+        naive::loss(c.program, z, part(c.query.y, t, c.query.y.size() / c.T), part(c.query.weight, t, n), n));
+  }
+  if (c.tail == Tail::weights || c.tail == Tail::output)
+    check("out", got.out, out, 1e-8);
+  else
+    check("loss", got.loss, loss, 1e-8);
+}
+
+// v_K is carried to theta unchanged: the gradient of the query loss at W_K; and g_k = (W_k - W_{k+1}) / a_k.
+void check_first_order(Call c) {
+  c.first_order = c.per_task = true;
+  const Results got = run(c);
+  const int64_t K = c.K;
+  std::vector<Vector> weights;  // [K + 1] of [T, P]
+  c.tail = Tail::weights, c.wanted = 0;
+  for (c.K = 0; c.K <= K; ++c.K) weights.push_back(run(c).out);
+  Call last = c;
+  last.tail = Tail::loss, last.K = 0, last.own = last.all_own = true, last.wanted = grads;
+  for (std::size_t i = 0; i < c.params.size(); ++i) {
+    last.params[i].clear();
+    for (int64_t t = 0; t < c.T; ++t) {
+      const auto at = weights[K].begin() + t * c.program.P + c.program.params[i].offset;
+      last.params[i].insert(last.params[i].end(), at, at + c.program.params[i].O * c.program.params[i].I);
+    }
+  }
+  Results wanted{{}, got.loss, run(last).grads, Vector(c.T * K * c.S), Vector(got.grad_x_s.size()), {}};
+  for (int64_t t = 0; t < c.T; ++t)
+    c.each([&](int64_t param, int64_t at) {
+      const int64_t j = t * c.program.P + at;
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t i = c.lr_index(k, param, at);
+        wanted.grad_lr[t * K * c.S + i] += wanted.grads[j] * (weights[k + 1][j] - weights[k][j]) / c.lr[i];
+      }
+    });
+  wanted.grad_x_q = got.grad_x_q;
+  check_same("first order", got, wanted, 1e-10);
+}
+
+// The same results in other ways: threads, checkpoints, fewer outputs, another dtype, two callers.
+void check_variants(Call c, const Results& full) {
+  const std::string tail = "tail " + std::to_string(int(c.tail)) + ", ";
+  auto compare = [&](const std::string& what, const Call& other, double tolerance) {
+    check_same(tail + what, run(other), full, tolerance);
+  };
+  check_same(tail + "float", run<float>(c), full, 1e-4);
+  for (int64_t every : {1, 2}) {
+    Call other = c;
+    other.checkpoint_every = every;
+    compare("checkpoints", other, 1e-12);
+  }
+  for (int wanted : {grads, grad_lr, grad_x_s, grad_x_q}) {
+    Call other = c;
+    other.wanted = wanted;
+    compare("output " + std::to_string(wanted) + " alone", other, 1e-12);
+  }
+  c.threads = 3;
+  compare("threads", c, 0);
+  Results two[2];
+  std::thread callers[2];
+  for (int i = 0; i < 2; ++i) callers[i] = std::thread([&, i] { two[i] = run(c); });
+  for (std::thread& caller : callers) caller.join();
+  for (const Results& r : two) check_same(tail + "concurrent calls", r, full, 0);
+}
+
+struct Case {
+  const char* name;
+  Program program;
+  Loss loss;
+  int64_t T, N, Q, K;
+  enum { scalar, per_tensor, per_element } lr;
+  bool own = false, weighted = false;
+  double label_smoothing = 0;
+};
+
+Call make_call(const Case& a) {
+  Call c;
+  c.program = a.program, c.program.loss = a.loss, c.program.label_smoothing = a.label_smoothing;
+  c.T = a.T, c.K = a.K, c.own = c.per_task = a.own;
+  for (std::size_t i = 0; i < a.program.params.size(); ++i) {
+    const Param& p = a.program.params[i];
+    c.params.push_back(randoms((c.is_own(i) ? a.T : 1) * p.O * p.I));
+  }
+  c.S = a.lr == Case::scalar ? 1 : a.lr == Case::per_tensor ? c.params.size() : a.program.P;
+  c.lr = randoms(a.K * c.S, 0.05, 0.2);
+  auto examples = [&](int64_t n) {
+    const bool mse = a.loss == Loss::mse;
+    const int64_t out = c.size(a.program.output);
+    Examples e{n, randoms(a.T * n * c.size(0)), mse ? randoms(a.T * n * out) : randoms(a.T * n, 0, out), {}};
+    if (!mse)
+      for (double& y : e.y) y = std::floor(y);
+    if (a.weighted) e.weight = randoms(a.T * n, 0.1, 1);
+    return e;
+  };
+  c.support = examples(a.N), c.query = examples(a.Q);
+  c.grad_loss = randoms(a.T);
+  return c;
+}
+
+void check_case(const Case& a) {
+  now = a.name;
+  Call c = make_call(a);
+  std::vector<Vector> weights;
+  for (int64_t t = 0; t < a.T; ++t) weights.push_back(adapted(c, t));
+  for (Tail tail : {Tail::weights, Tail::output, Tail::loss, Tail::curvature}) {
+    if (tail == Tail::curvature) c.K = 0;
+    c.tail = tail;
+    c.seed = randoms(a.T * (tail == Tail::output ? a.Q * c.size(a.program.output) : a.program.P));
+    c.wanted = all;
+    const Results full = run(c);
+    if (tail != Tail::curvature) check_values(c, weights, full);
+    for (const Group& g : groups)
+      if (!(full.*g.grad).empty()) check_derivative(c, g, full.*g.grad);
+    check_variants(c, full);
+    if (tail == Tail::loss) check_first_order(c);
+  }
 }
 
 }  // namespace
 
 int main() {
-  int checks = 0;
-  for (Loss loss : {Loss::mse, Loss::cross_entropy})
-    for (int threads : {1, 3})
-      for (int64_t every : {0, 2}) {
-        check(loss, threads, every, threads == 3);
-        ++checks;
-      }
-  std::printf("%s: %d checks, %d failures\n", isa().c_str(), checks, failures);
-  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+  const Loss mse = Loss::mse, cross_entropy = Loss::cross_entropy;
+  const Case cases[] = {
+      {"mlp", programs::mlp(2), mse, 2, 3, 5, 3, Case::scalar},
+      {"mlp, one output", programs::mlp(1), mse, 3, 7, 1, 2, Case::per_tensor, false, true},
+      {"mlp, one example of one task", programs::mlp(5), cross_entropy, 1, 1, 1, 1, Case::scalar},
+      {"mlp, no steps", programs::mlp(3), cross_entropy, 2, 0, 3, 0, Case::scalar},
+      {"mlp, own parameters", programs::mlp(3), cross_entropy, 2, 5, 4, 2, Case::per_element, true, true},
+      {"wide", programs::wide(), cross_entropy, 1, 2, 3, 2, Case::per_element, false, true, 0.1},
+      {"norms", programs::norms(3), cross_entropy, 2, 3, 5, 3, Case::per_tensor, false, false, 0.1},
+      {"norms, own parameters", programs::norms(1), mse, 3, 5, 3, 1, Case::scalar, true},
+      {"chain", programs::chain(), cross_entropy, 2, 3, 2, 2, Case::scalar, false, true},
+      {"fan", programs::fan(), mse, 2, 3, 4, 2, Case::scalar, false, true},
+      {"tied", programs::tied(), cross_entropy, 2, 3, 2, 3, Case::scalar},
+      {"tied, per tensor", programs::tied(), mse, 2, 3, 2, 3, Case::per_tensor, true},
+      {"tied, per element", programs::tied(), mse, 1, 4, 2, 2, Case::per_element},
+      {"many tasks", programs::tiny(), mse, 67, 2, 1, 2, Case::scalar},
+      {"no parameters", programs::no_parameters(), cross_entropy, 2, 2, 3, 1, Case::scalar},
+  };
+  for (const Case& a : cases) check_case(a);
+  std::printf("%zu programs, every derivative right\n", std::size(cases));
 }
