@@ -24,8 +24,10 @@ CASES = ["omniglot-mlp/5-steps", "mlp/4x256"]
 STEPS = [1, 5, 20, 50]
 CHECKED_STEPS = 5  # of the check in float64, which has 2 tasks
 # Every block over 64 KiB comes from the system and goes back to it: what is measured is memory in use, not
-# what the allocator holds back from before.
-MALLOC = {
+# what the allocator holds back from before. Threads that wait do so asleep: time is not measured, and
+# spinning on a busy machine costs minutes.
+SETTINGS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_TOP_PAD_": "0",
@@ -136,10 +138,13 @@ def measure_one(peer: str, name: str, steps: int, limit: int) -> dict[str, Any]:
     return {"bytes": peak - before, "before": before, "gradients": len(found), "how": how}
 
 
-def _child(*args: Any) -> dict[str, Any]:
+def _child(seconds: float, *args: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.memory", "--child", *map(str, args)]
-    environment = os.environ | MALLOC
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    how: dict[str, Any] = {"cwd": ROOT, "env": os.environ | SETTINGS, "timeout": seconds}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    except subprocess.TimeoutExpired:
+        return {"absent": f"not done after {seconds:.0f} s"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"absent": f"exit status {done.returncode}: {last}"}
@@ -176,7 +181,7 @@ def _error(peer: str, case: Any) -> float:
     return measure.error(PEERS[peer](few, torch.float64)(), peers.reference(few))
 
 
-def _table(case: Any, rows: dict[str, dict[str, Any]], steps: list[int], least: dict[str, int]) -> None:
+def _print_head(case: Any, steps: list[int]) -> None:
     print(
         f"\n{case.name}: {'-'.join(map(str, case.widths))}{' BatchNorm' if case.batch_norm else ''},"
         f" T={case.tasks} N={case.support} Q={case.query}\n"
@@ -184,22 +189,28 @@ def _table(case: Any, rows: dict[str, dict[str, Any]], steps: list[int], least: 
         + "".join(f"{f'K={k}':>10}" for k in steps)
         + f"{'MiB per added step':>22}"
     )
-    for name, row in rows.items():
-        cells = [row["steps"][str(k)] for k in steps]
-        text = "".join(f"{c['bytes'] / MIB:10.1f}" if "bytes" in c else f"{'absent':>10}" for c in cells)
-        slope = f"{row['bytes_per_step'] / MIB:22.3f}" if "bytes_per_step" in row else f"{'':22}"
-        print(f"{name:26}{text}{slope}{'  WRONG' if row['wrong'] else ''}")
-        for why in dict.fromkeys(c["absent"] for c in cells if "absent" in c):
-            print(f"{'':26}absent: {why}")
+
+
+def _print_row(name: str, row: dict[str, Any], steps: list[int]) -> None:
+    cells = [row["steps"][str(k)] for k in steps]
+    text = "".join(f"{c['bytes'] / MIB:10.1f}" if "bytes" in c else f"{'absent':>10}" for c in cells)
+    slope = f"{row['bytes_per_step'] / MIB:22.3f}" if "bytes_per_step" in row else f"{'':22}"
+    print(f"{name:26}{text}{slope}{'  WRONG' if row['wrong'] else ''}", flush=True)
+    for why in dict.fromkeys(c["absent"] for c in cells if "absent" in c):
+        print(f"{'':26}absent: {why}", flush=True)
+
+
+def _print_floor(least: dict[str, int]) -> None:
     print(
         f"weights + one set of activations: {least['weights'] / MIB:.3f} +"
         f" {least['activations'] / MIB:.3f} MiB; {least['all_threads'] / MIB:.3f} MiB for all threads,"
-        f" {least['all_tasks'] / MIB:.1f} MiB for all tasks"
+        f" {least['all_tasks'] / MIB:.1f} MiB for all tasks",
+        flush=True,
     )
 
 
-def _row(peer: str, case: Any, steps: list[int], limit: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"steps": {str(k): _child(peer, case.name, k, limit) for k in steps}}
+def _row(peer: str, case: Any, steps: list[int], seconds: float, limit: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"steps": {str(k): _child(seconds, peer, case.name, k, limit) for k in steps}}
     found = [(k, row["steps"][str(k)]["bytes"]) for k in steps if "bytes" in row["steps"][str(k)]]
     if len(found) > 1:
         (first, low), (last, high) = found[0], found[-1]
@@ -218,6 +229,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="inner steps, by comma")
     parser.add_argument("--only", default=",".join(PEERS), help="which to measure, by comma (default: all)")
     parser.add_argument("--threads", type=int, default=0, help="cores the processes may use (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=180.0, help="longest for a measurement (default 180)"
+    )
     parser.add_argument("--output", type=Path, help="JSON file (default: a new one in bench/results)")
     return parser.parse_args()
 
@@ -238,14 +252,23 @@ def main() -> None:
     if unknown := [n for n in names if n not in PEERS]:
         raise SystemExit(f"unknown peer {unknown[0]!r}; known: {', '.join(PEERS)}")
     limit = _available() * 3 // 4
-    report: dict[str, Any] = {"machine": machine.describe(), "limit": limit, "malloc": MALLOC, "cases": {}}
+    report: dict[str, Any] = {
+        "machine": machine.describe(),
+        "limit": limit,
+        "settings": SETTINGS,
+        "cases": {},
+    }
+    path = args.output or machine.result_path("memory")
     for case in cases.select(args.cases):
         least = floor(case, torch.get_num_threads())
-        rows = {name: _row(name, case, steps, limit) for name in names}
+        rows: dict[str, dict[str, Any]] = {}
         report["cases"][case.name] = {"case": asdict(case), "floor_bytes": least, "peers": rows}
-        _table(case, rows, steps, least)
-    path = args.output or machine.result_path("memory")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+        _print_head(case, steps)
+        for name in names:
+            rows[name] = _row(name, case, steps, args.seconds, limit)
+            _print_row(name, rows[name], steps)
+            path.write_text(json.dumps(report, indent=1) + "\n")  # each row, for a run that is cut short
+        _print_floor(least)
     print(f"saved {path}")
 
 
