@@ -254,9 +254,16 @@ STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {
 }  // namespace fastmaml
 
 // `import fastmaml._C` loads the library; isa() says which instruction set it runs on.
-static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastmaml::isa().c_str()); }
+static PyObject* isa(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(fastmaml::isa().c_str());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
 static PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "The instruction set that the kernels run on: avx2 or generic."},
+    {"isa", isa, METH_NOARGS, "The instruction set that the kernels run on: avx512, avx2 or generic."},
     {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

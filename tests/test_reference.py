@@ -209,7 +209,7 @@ def test_losses_are_named_or_callable():
 def test_a_module_used_twice_keeps_its_parameters() -> None:
     block = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model = nn.Sequential(block, nn.Tanh(), block)
-    before = {n: p for n, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     mean = block[1].running_mean
     x = torch.randn(3, 4, 2)
     params = {n: (2 * p).detach().requires_grad_() for n, p in before.items()}

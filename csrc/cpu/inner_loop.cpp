@@ -1,5 +1,6 @@
 // Chooses the instruction set at run time.
 #include <cstdlib>
+#include <stdexcept>
 
 #include "request.h"
 
@@ -7,13 +8,20 @@ namespace fastmaml {
 
 void run_generic(const Request&);
 void run_avx2(const Request&);
+void run_avx512(const Request&);
 
 std::string isa() {
   static const std::string name = [] {
-    const char* wanted = std::getenv("FASTMAML_ISA");
-    if (wanted && std::string(wanted) == "generic") return "generic";
+    const char* const wanted = std::getenv("FASTMAML_ISA");
+    const std::string most = wanted && *wanted ? wanted : "avx512";
+    if (most != "generic" && most != "avx2" && most != "avx512")
+      throw std::invalid_argument("FASTMAML_ISA must be generic, avx2 or avx512, got " + most);
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    if (most == "avx512" && avx2 && avx512) return "avx512";
+    if (most != "generic" && avx2) return "avx2";
 #endif
     return "generic";
   }();
@@ -22,6 +30,7 @@ std::string isa() {
 
 void run(const Request& request) {
 #if defined(__x86_64__)
+  if (isa() == "avx512") return run_avx512(request);
   if (isa() == "avx2") return run_avx2(request);
 #endif
   run_generic(request);

@@ -2,8 +2,10 @@
 // task of a call.
 #pragma once
 #include <memory>
+#include <optional>
 
 #include "add.h"
+#include "arena.h"
 #include "batch_norm.h"
 #include "cross_entropy.h"
 #include "flatten.h"
@@ -161,7 +163,7 @@ struct Worker {
   const Plan& plan;
   const Request& q;
   const int64_t P, N, Q, K;
-  std::unique_ptr<T[]> arena;
+  std::optional<Arena> arena;
   T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames;
   Frame<T> query_frame, tangent_frame;
   int64_t frame, clear = 0;  // floats of a support frame; floats that start as zeros
@@ -184,13 +186,13 @@ struct Worker {
                              P,
                              P,
                              P};
-    int64_t total = 64;
+    int64_t total = 0;
     for (int i = 0; i < 11; ++i) {
       total += round_up(sizes[i], 16);
       if (i == 4) clear = total;
     }
-    arena.reset(new T[total]);
-    T* at = arena.get() + (64 - reinterpret_cast<uintptr_t>(arena.get()) % 64) % 64 / sizeof(T);
+    arena.emplace(total * sizeof(T));
+    T* at = static_cast<T*>(arena->data());
     int i = 0;
     auto take = [&] { return std::exchange(at, at + round_up(sizes[i++], 16)); };
     support_frames = take();
@@ -201,7 +203,7 @@ struct Worker {
   }
 
   // the padding of the frames must be zero
-  void prepare() { std::memset(arena.get(), 0, std::exchange(clear, 0) * sizeof(T)); }
+  void prepare() { std::memset(arena->data(), 0, std::exchange(clear, 0) * sizeof(T)); }
 
   // W_k: stored at every `every`-th step, in the current segment else. Without an adjoint two take turns.
   T* weights(int64_t k) const {
@@ -282,13 +284,16 @@ struct Worker {
     }
   }
 
-  void adjoint_step(int64_t k, int64_t t, T* grad_lr) const {
+  // v_k, in place, or at the last step added to `grads` if there is one: true if it was
+  bool adjoint_step(int64_t k, int64_t t, T* grad_lr, T* grads, bool add) const {
     if (grad_lr) add_lr_grad(k, grad_lr);
-    if (q.first_order || (k == 0 && !q.grads && !q.grad_x_s)) return;
+    if (q.first_order || (k == 0 && !q.grads && !q.grad_x_s)) return false;
     Pass<T> p = support_pass(k);
     p.x_grad = q.grad_x_s;
     p.t_w = v;
-    p.grad_dst = v;
+    const bool to_grads = grads && k == 0 && plan.tangent[plan.program.output];
+    p.grad_dst = to_grads ? grads : v;
+    p.grad_add = to_grads && add;
     p.grad_base = v;
     if (c.scaled) {
       scale_tangent(k);
@@ -298,12 +303,19 @@ struct Worker {
       p.grad_scale = -lr(k)[0];
     }
     forward<true>(p);
-    if (!plan.tangent[plan.program.output]) return;
+    if (!plan.tangent[plan.program.output]) return false;
     loss<true>(p, q.support, t);
     backward<true>(p);
+    for (const Slot& s : plan.slots)
+      if (to_grads && s.uses == 0) add_up(grads + s.offset, v + s.offset, s.size(), add);
     if (q.grad_x_s)
       add_x_grad(p, c.scaled ? T(-1) : p.grad_scale, p.t_grad(0),
                  static_cast<T*>(q.grad_x_s) + t * N * x_size());
+    return to_grads;
+  }
+
+  static void add_up(T* sum, const T* part, int64_t n, bool add) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = add ? sum[i] + part[i] : part[i];
   }
 
   int64_t x_size() const { return plan.program.buffers[0].R * plan.program.buffers[0].C; }
@@ -383,16 +395,13 @@ struct Worker {
     for (int64_t k = 0; k < K; ++k) inner_step(k, t);
     tail(t);
     if (!c.adjoint) return;
+    bool added = false;
     for (int64_t k = K - 1; k >= 0 && c.keep; --k) {
       if ((k + 1) % c.every == 0 && k + 1 < K)  // a segment whose activations were written over
         for (int64_t j = k + 1 - c.every; j <= k; ++j) inner_step(j, t);
-      adjoint_step(k, t, grad_lr);
+      added = adjoint_step(k, t, grad_lr, grads, !first);
     }
-    if (!grads) return;
-    if (first)
-      std::memcpy(grads, v, P * sizeof(T));
-    else
-      for (int64_t i = 0; i < P; ++i) grads[i] += v[i];
+    if (grads && !added) add_up(grads, v, P, !first);
   }
 };
 
@@ -405,7 +414,8 @@ void run_call(const Request& q) {
   const bool sum_tasks = !q.per_task && both > 0;
   const int64_t groups =
       sum_tasks ? std::min(q.T, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, 64)) : q.T;
-  const std::unique_ptr<T[]> sums(new T[(sum_tasks ? groups : q.threads) * both]);
+  const Arena memory((sum_tasks ? groups : q.threads) * both * sizeof(T));
+  T* const sums = static_cast<T*>(memory.data());
   const int64_t x_size = c.plan.program.buffers[0].R * c.plan.program.buffers[0].C;
   if (q.grad_x_s) std::memset(q.grad_x_s, 0, q.T * c.N * x_size * sizeof(T));
   if (q.grad_x_q) std::memset(q.grad_x_q, 0, q.T * c.Q * x_size * sizeof(T));
@@ -414,10 +424,10 @@ void run_call(const Request& q) {
     if (L) c.write_lr_grad(sum + P, static_cast<T*>(q.grad_lr) + t * c.K * c.S);
   };
   std::vector<std::unique_ptr<Worker<T>>> workers;
-  for (int i = 0; i < q.threads; ++i) workers.emplace_back(new Worker<T>(c));
+  for (int i = 0; i < std::min<int64_t>(q.threads, groups); ++i) workers.emplace_back(new Worker<T>(c));
   parallel(groups, q.threads, [&](int64_t j, int worker) {
     workers[worker]->prepare();
-    T* sum = sums.get() + (sum_tasks ? j : worker) * both;
+    T* sum = sums + (sum_tasks ? j : worker) * both;
     std::fill(sum + P, sum + both, T(0));
     const int64_t begin = q.T * j / groups, end = q.T * (j + 1) / groups;
     for (int64_t t = begin; t < end; ++t)
@@ -432,7 +442,7 @@ void run_call(const Request& q) {
   if (!sum_tasks) return;
   for (int64_t j = 1; j < groups; ++j)
     for (int64_t i = 0; i < both; ++i) sums[i] += sums[j * both + i];
-  write(sums.get(), 0);
+  write(sums, 0);
 }
 
 inline void run_request(const Request& q) { q.is_double ? run_call<double>(q) : run_call<float>(q); }

@@ -1,12 +1,16 @@
 // The engine for AVX2 with FMA. What it shares with other files is included first, so that only its own
 // namespace is compiled for this instruction set.
 #if defined(__x86_64__)
+#  include <immintrin.h>
+
 #  include <algorithm>
 #  include <cmath>
 #  include <cstring>
 #  include <memory>
+#  include <optional>
 #  include <utility>
 
+#  include "arena.h"
 #  include "request.h"
 #  include "thread_pool.h"
 

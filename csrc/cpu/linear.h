@@ -15,7 +15,7 @@ void times(const Slot& s, bool transpose, int64_t rows, const T* const (&a)[NP],
   if (s.wide == transpose)
     nn<T, NP>(rows, s.rows, s.width, f, y, ldy, e);
   else
-    nt<T, NP>(rows, s.width, s.rows, f, y, ldy, e);
+    nt<T, NP>(rows, s.cols, s.rows, f, y, ldy, e);
 }
 
 template <bool Dual, class T>
@@ -45,7 +45,7 @@ void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], in
   Factors<T> f[NP];
   for (int p = 0; p < NP; ++p)
     f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd} : Factors<T>{d[p], 1, ldd, x[p], ldx};
-  nn<T, NP>(s.rows, rows, s.width, f, g.dst, s.ld, Update<T>{g.base, g.scale, g.scale_each});
+  nn<T, NP>(s.rows, rows, s.width, f, g.dst, s.ld, g.update());
 }
 
 // A part of the rows of a parameter or of its gradient.
@@ -63,7 +63,7 @@ void linear_backward(const OpPlan& o, const Pass<T>& p) {
   const T* t_d = Dual ? p.t_grad(op.out) : nullptr;
   const bool grad_x = p.wants_grad(o.tangent_in0), grad_w = p.wants_param_grad(op.w);
   // Both gradients read the weights: a block of rows at a time, so that the second finds them in L2.
-  const int64_t fit = std::max<int64_t>((64 << 10) / (s.ld * sizeof(T)) / 24 * 24, 24);
+  const int64_t fit = std::max<int64_t>((64 << 10) / (s.ld * sizeof(T)) / 64 * 64, 64);
   const int64_t block = s.wide && grad_x && grad_w ? fit : s.rows;
   for (int64_t row = 0; row < s.rows; row += block) {
     Slot part = s;

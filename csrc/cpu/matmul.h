@@ -1,9 +1,10 @@
 // Small dense products, the work of every linear layer: one output tile in registers, panels that stay in L1.
 //   nn   C[m, c] = sum_k A[m, k] B[k, c]      A by broadcast at any strides, B and C by rows
-//   nt   C[m, i] = sum_k A[m, k] B[i, k]      both by rows, k padded with zeros to whole vectors
+//   nt   C[m, i] = sum_k A[m, k] B[i, k]      both by rows
 // Either may be the sum of two products (the tangent of a product is one), and ends as a layer's output or as
 // a parameter's.
 #pragma once
+#include "plan.h"
 #include "simd.h"
 
 namespace fastmaml::FASTMAML_ISA {
@@ -49,12 +50,14 @@ struct Activate {
   }
 };
 
-// A parameter's: C = base + scale * products, each number with a scale of its own if there is `scale_each`
+// A parameter's: C = base + scale * products, each number with a scale of its own if there is `scale_each`;
+// added to what C holds if `add`
 template <class T>
 struct Update {
   const T* base;  // as C, may be C; null: 0
   T scale;
   const T* scale_each;  // as C
+  bool add = false;
 
   FASTMAML_INLINE Vec<T> start(int64_t) const { return Vec<T>{}; }
 
@@ -70,6 +73,9 @@ struct Update {
     if (base) {
       const Vec<T> s = splat(scale_each ? T(1) : scale);
       FASTMAML_UNROLL(j, n) { acc[j] = load(base + at + W * j) + s * acc[j]; });
+    }
+    if (add) {
+      FASTMAML_UNROLL(j, n) { acc[j] += load(C + at + W * j); });
     }
     FASTMAML_UNROLL(j, n) { store(C + at + W * j, acc[j]); });
   }
@@ -122,23 +128,39 @@ __attribute__((noinline)) void nn_panel(int64_t M, int64_t K, const Factors<T>* 
              __attribute__((always_inline)) { nn_tile<T, rows, NV, NP>(K, f, m, c, C, ldc, e); });
 }
 
+// Rows of a tile that is NV vectors wide: as many as leave registers for NV vectors of B and one number of A.
+template <int NV>
+constexpr int nn_rows = (registers - NV - 1) / NV > 8 ? 8 : (registers - NV - 1) / NV;
+
+// panel(vectors, first column) for panels of at most 4 vectors (2 where registers are few), and none of one
+// vector where it can be avoided
+template <class T, class Panel>
+FASTMAML_INLINE void column_panels(int64_t columns, Panel panel) {
+  constexpr int64_t W = lanes<T>;
+  constexpr int widest = registers >= 32 ? 4 : 2;
+  int64_t c = 0, left = (columns + W - 1) / W;
+  auto next = [&](auto vectors) {
+    panel(vectors, c);
+    c += vectors * W, left -= vectors;
+  };
+  while (left > 0) {
+    if (left == 3 || left == 5 || (left == 6 && widest > 2))
+      next(std::integral_constant<int, 3>());
+    else if (left >= widest)
+      next(std::integral_constant<int, widest>());
+    else if (left == 2)
+      next(std::integral_constant<int, 2>());
+    else
+      next(std::integral_constant<int, 1>());
+  }
+}
+
 // columns: padded to whole vectors, all of them written
 template <class T, int NP, class End>
 void nn(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const End& e) {
-  constexpr int64_t W = lanes<T>;
-  int64_t c = 0, left = columns / W;
-  while (left > 0) {
-    if (left == 3 || left == 5) {
-      nn_panel<T, 4, 3, NP>(M, K, f, c, C, ldc, e);
-      c += 3 * W, left -= 3;
-    } else if (left > 1) {
-      nn_panel<T, 6, 2, NP>(M, K, f, c, C, ldc, e);
-      c += 2 * W, left -= 2;
-    } else {
-      nn_panel<T, 8, 1, NP>(M, K, f, c, C, ldc, e);
-      left = 0;
-    }
-  }
+  column_panels<T>(columns, [&](auto vectors, int64_t c) {
+    nn_panel<T, nn_rows<vectors>, vectors, NP>(M, K, f, c, C, ldc, e);
+  });
 }
 
 // The bare sums of MR x NI outputs, MR at most 4, NI 4 or 1
@@ -163,13 +185,12 @@ FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
       });
     }
   });
-  typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
   T* out = C + m * ldc + i0;
   if constexpr (NI == 4) {
     FASTMAML_UNROLL(i, MR) {
-      Quad q = sum4<T>(acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
+      auto q = sum4<T>(acc[i]);
       if (add) {
-        Quad old;
+        decltype(q) old;
         __builtin_memcpy(&old, out + i * ldc, sizeof old);
         q += old;
       }
@@ -178,7 +199,7 @@ FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
   } else {
     V column[4] = {};
     FASTMAML_UNROLL(i, MR) { column[i] = acc[i][0]; });
-    const Quad q = sum4<T>(column[0], column[1], column[2], column[3]);
+    const auto q = sum4<T>(column);
     FASTMAML_UNROLL(i, MR) { out[i * ldc] = add ? out[i * ldc] + q[(int)i] : q[(int)i]; });
   }
 }
@@ -191,21 +212,88 @@ __attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* 
              __attribute__((always_inline)) { nt_tile<T, rows, NI, NP>(K, f, m, i0, C, ldc, add); });
 }
 
-// K: padded to whole vectors; columns: exact. What follows the products is done on whole rows of C when they
-// are complete: at four numbers a time it would take as long as the products.
+// From column i on. What follows the products is done on whole rows of C when they are complete: at four
+// numbers a time it would take as long as the products.
 template <class T, int NP>
-void nt(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, Activate<T> e) {
-  int64_t i = 0;
-  for (; i + 4 <= columns; i += 4) nt_panel<T, 3, 4, NP>(M, K, f, i, C, ldc, e.add);
+void nt_dots(int64_t M, int64_t K, int64_t i, int64_t columns, const Factors<T>* f, T* C, int64_t ldc,
+             Activate<T> e) {
+  const int64_t begin = i;
+  for (; i + 4 <= columns; i += 4) nt_panel<T, registers == 32 ? 5 : 3, 4, NP>(M, K, f, i, C, ldc, e.add);
   for (; i < columns; ++i) nt_panel<T, 4, 1, NP>(M, K, f, i, C, ldc, e.add);
   if (!e.bias && !e.act && !e.mask) return;
   e.add = false;
   for (int64_t m = 0; m < M; ++m) {
-    for (int64_t c = 0; c < columns; c += lanes<T>) {
+    for (int64_t c = begin; c < columns; c += lanes<T>) {
       Vec<T> row[1] = {e.start(c) + load(C + m * ldc + c)};
       e.template finish<1>(row, m, c, C, ldc);
     }
   }
+}
+
+// nt for a vector of columns: the lanes of a vector are four k of every fourth column, so that few shuffles
+// are left to add them up. B comes packed, [K / 4, 4, W]: in row 4 k + q the columns q, q + 4, ..
+template <class T, int MR, int NP>
+FASTMAML_INLINE void quad_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t c, T* C, int64_t ldc,
+                               const Activate<T>& e) {
+  constexpr int W = lanes<T>;
+  Vec<T> acc[MR][4] = {};
+  FASTMAML_UNROLL(p, NP) {
+    const int64_t a_row = f[p].a_row;
+    const T *a = f[p].a + m * a_row, *b = f[p].b;
+    for (int64_t k = 0; k < K; k += 4, a += 4, b += 4 * W) {
+      Vec<T> av[MR];
+      FASTMAML_UNROLL(i, MR) { av[i] = in_register(repeat_quad(a + i * a_row)); });
+      FASTMAML_UNROLL(q, 4) {
+        const Vec<T> bv = in_register(load(b + W * q));
+        FASTMAML_UNROLL(i, MR) { acc[i][q] += av[i] * bv; });
+      });
+    }
+  });
+  FASTMAML_UNROLL(i, MR) {
+    Vec<T> row[1] = {e.start(c) + sum_quads<T>(acc[i])};
+    e.finish(row, m + i, c, C, ldc);
+  });
+}
+
+template <class T, int NP>
+__attribute__((noinline)) void quad_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C,
+                                          int64_t ldc, const Activate<T>& e) {
+  constexpr int64_t W = lanes<T>, most = (16 << 10) / (4 * W * sizeof(T) * NP) * 4;
+  alignas(64) T scratch[NP * most * W];
+  const int64_t pieces = (K + most - 1) / most, step = round_up((K + pieces - 1) / pieces, 4);
+  for (int64_t k = 0; k < K; k += step) {
+    const int64_t some = std::min(step, K - k);
+    Factors<T> piece[NP];
+    for (int p = 0; p < NP; ++p) {
+      T* const packed = scratch + p * round_up(some, 4) * W;
+      FASTMAML_UNROLL(q, 4) {
+        const T* from[W / 4];
+        for (int j = 0; j < W / 4; ++j) from[j] = f[p].b + (c + 4 * j + q) * f[p].ldb + k;
+        for (int64_t j = 0; j < some; j += 4) {
+          store(packed + (j + q) * W, quads<T>(from));
+          for (const T*& at : from) at += 4;
+        }
+      });
+      piece[p] = {f[p].a + k, f[p].a_row, 1, packed, 0};
+    }
+    Activate<T> part = e;
+    if (k > 0) part.bias = nullptr, part.add = true;
+    if (k + some < K) part.act = false, part.mask = nullptr;
+    row_blocks<registers == 32 ? 5 : 3>(
+        M, [&](auto rows, int64_t m)
+               __attribute__((always_inline)) { quad_tile<T, rows, NP>(some, piece, m, c, C, ldc, part); });
+  }
+}
+
+// K and columns: exact, but both operands padded with zeros to whole vectors, as is C.
+template <class T, int NP>
+void nt(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Activate<T>& e) {
+  constexpr int64_t W = lanes<T>;
+  int64_t c = 0;
+  if constexpr (W >= 4)
+    if (K <= 4 * M)
+      for (; c + W <= columns; c += W) quad_panel<T, NP>(M, K, f, c, C, ldc, e);
+  nt_dots<T, NP>(M, round_up(K, W), c, columns, f, C, ldc, e);
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

@@ -19,13 +19,17 @@ Frame<T> carve_frame(const Plan& plan, int64_t n, T* at) {
 }
 
 // Where a parameter's gradient g goes: dst = base + scale * g. Plain: the next fast weights, W - a g. Dual:
-// the adjoint, v - a H v. With no base just the gradient.
+// the adjoint, v - a H v. With no base just the gradient. `add`: to what dst holds, the sum over earlier
+// tasks.
 template <class T>
 struct ParamGrad {
   T* dst;
   const T* base;
   T scale;
   const T* scale_each;
+  bool add;
+
+  Update<T> update() const { return {base, scale, scale_each, add}; }
 };
 
 template <class T>
@@ -43,6 +47,7 @@ struct Pass {
   T grad_scale = 1;
   const T* scale_each_tensor = nullptr;  // [params], multiplies grad_scale
   const T* scale_each = nullptr;         // [P], multiplies nothing else
+  bool grad_add = false;
   bool skip_frozen = false;
   bool x_grad = false;  // is the gradient of buffer 0 wanted?
 
@@ -70,7 +75,8 @@ struct Pass {
     const int64_t at = plan.slots[p].offset;
     const T scale = scale_each_tensor ? grad_scale * scale_each_tensor[p] : grad_scale;
     const T* base = !first ? grad_dst : grad_base;
-    return {grad_dst + at, base ? base + at : nullptr, scale, scale_each ? scale_each + at : nullptr};
+    return {grad_dst + at, base ? base + at : nullptr, scale, scale_each ? scale_each + at : nullptr,
+            first && grad_add};
   }
 };
 
@@ -98,7 +104,7 @@ FASTMAML_INLINE void column_sums(int64_t rows, int64_t ld, int64_t c, const Colu
         });
     }
   }
-  Update<T>{g.base, g.scale, g.scale_each}.template finish<NV>(acc, 0, c, g.dst, 0);
+  g.update().template finish<NV>(acc, 0, c, g.dst, 0);
 }
 template <class T, int NP>
 void column_sum(int64_t rows, int64_t ld, const ColumnTerm<T> (&terms)[NP], const ParamGrad<T>& g) {

@@ -52,8 +52,8 @@ struct Request {
   void* grad_x_q = nullptr;
 };
 
-// Runs it on the widest instruction set of this machine (or the one that FASTMAML_ISA names).
+// Runs it on the widest instruction set of this machine, no wider than FASTMAML_ISA if that is set.
 void run(const Request& request);
-std::string isa();
+std::string isa();  // throws std::invalid_argument if FASTMAML_ISA names none
 
 }  // namespace fastmaml

@@ -1,11 +1,15 @@
 // Vectors by the compiler's own extension: one source for every instruction set. A file that is compiled for
 // one defines FASTMAML_ISA (its namespace) and FASTMAML_VECTOR_BYTES before it includes this.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#if defined(__x86_64__)
+#  include <immintrin.h>
+#endif
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector passes from one file to another
 
@@ -28,6 +32,14 @@ template <class T>
 using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int64_t lanes = VecOf<T>::lanes;
+
+// Vector registers of the machine
+constexpr int registers =
+#if defined(__aarch64__)
+    32;
+#else
+    FASTMAML_VECTOR_BYTES == 64 ? 32 : 16;
+#endif
 
 template <class T>
 FASTMAML_INLINE Vec<T> load(const T* p) {
@@ -59,28 +71,6 @@ FASTMAML_INLINE T sum(Vec<T> v) {
   return s[0];
 }
 
-// The four sums of four vectors: two rounds of pairwise adds, then the 4-wide pieces.
-template <class T>
-FASTMAML_INLINE auto sum4(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d) {
-  constexpr int W = VecOf<T>::lanes;
-  typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
-  if constexpr (W == 8) {
-    const Vec<T> ab = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
-                      __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-    const Vec<T> cd = __builtin_shufflevector(c, d, 0, 8, 1, 9, 4, 12, 5, 13) +
-                      __builtin_shufflevector(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
-    const Vec<T> s = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
-                     __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-    return __builtin_shufflevector(s, s, 0, 1, 2, 3) + __builtin_shufflevector(s, s, 4, 5, 6, 7);
-  } else if constexpr (W == 4) {
-    const Vec<T> ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Vec<T> cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  } else {
-    return Quad{sum<T>(a), sum<T>(b), sum<T>(c), sum<T>(d)};
-  }
-}
-
 // v where the lane is below n, 0 elsewhere
 template <class T>
 FASTMAML_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
@@ -93,7 +83,7 @@ FASTMAML_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
 template <class V>
 FASTMAML_INLINE V in_register(V v) {
 #if defined(__x86_64__)
-  asm("" : "+x"(v));
+  asm("" : "+v"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #endif
@@ -111,6 +101,95 @@ FASTMAML_INLINE void unroll(F&& f) {
   unroll(std::make_integer_sequence<int, N>(), f);
 }
 #define FASTMAML_UNROLL(i, N) unroll<N>([&](auto i) __attribute__((always_inline))
+
+template <class V, int... i>
+FASTMAML_INLINE auto join(V low, V high, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(low, high, i...);
+}
+
+// Four numbers each from all these addresses, one for each four lanes. As a plain loop it would pass through
+// memory.
+template <class T, int n>
+FASTMAML_INLINE auto quads(const T* const* from) {
+  typedef T Part __attribute__((vector_size(4 * sizeof(T))));
+  if constexpr (n == 1) {
+    Part part;
+    __builtin_memcpy(&part, from[0], sizeof part);
+    return part;
+  } else {
+#if FASTMAML_VECTOR_BYTES >= 32 && defined(__x86_64__)
+    if constexpr (n == 2 && sizeof(T) == 4) {
+      const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(from[0]));
+      typedef T Pair __attribute__((vector_size(32)));
+      return (Pair)_mm256_insertf128_ps(low, _mm_loadu_ps(from[1]), 1);
+    }
+#endif
+    const auto low = quads<T, n / 2>(from), high = quads<T, n / 2>(from + n / 2);
+    return join(low, high, std::make_integer_sequence<int, 4 * n>());
+  }
+}
+template <class T>
+FASTMAML_INLINE Vec<T> quads(const T* const (&from)[lanes<T> / 4]) {
+  return (Vec<T>)quads<T, lanes<T> / 4>((const T* const*)from);
+}
+
+// The four numbers from p on in every four lanes
+template <class T>
+FASTMAML_INLINE Vec<T> repeat_quad(const T* p) {
+#if FASTMAML_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(p));
+  else
+    return (Vec<T>)_mm512_maskz_broadcast_f64x4(-1, _mm256_loadu_pd(p));
+#elif FASTMAML_VECTOR_BYTES == 32 && defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_broadcast_ps((const __m128*)p);
+#endif
+  if constexpr (lanes<T> == 4) return load(p);
+}
+
+template <int from, class V, int... i>
+FASTMAML_INLINE auto half_of(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (from + i)...);
+}
+
+// In each four lanes: [a0, b0, a1, b1], [a2, b2, a3, b3] (by ones), [a0, a1, b0, b1], [a2, a3, b2, b3] (by
+// twos)
+template <int by, int high, class V, int... i>
+FASTMAML_INLINE V interleave(V a, V b, std::integer_sequence<int, i...>) {
+  constexpr int W = sizeof...(i);
+  return by == 1 ? __builtin_shufflevector(a, b, (i / 4 * 4 + 2 * high + i % 4 / 2 + i % 2 * W)...)
+                 : __builtin_shufflevector(a, b, (i / 4 * 4 + 2 * high + i % 2 + i % 4 / 2 * W)...);
+}
+
+// The sums of each four lanes: lane 4 j + q is the sum of the four lanes of v[q] from 4 j on.
+template <class T>
+FASTMAML_INLINE Vec<T> sum_quads(const Vec<T> (&v)[4]) {
+  constexpr auto lane = std::make_integer_sequence<int, VecOf<T>::lanes>();
+  const Vec<T> low = interleave<1, 0>(v[0], v[1], lane) + interleave<1, 1>(v[0], v[1], lane);
+  const Vec<T> high = interleave<1, 0>(v[2], v[3], lane) + interleave<1, 1>(v[2], v[3], lane);
+  return interleave<2, 0>(low, high, lane) + interleave<2, 1>(low, high, lane);
+}
+
+template <class T, int W, class V>
+FASTMAML_INLINE auto fold_quads(V v) {
+  if constexpr (W == 4) {
+    return v;
+  } else {
+    constexpr auto half = std::make_integer_sequence<int, W / 2>();
+    return fold_quads<T, W / 2>(half_of<0>(v, half) + half_of<W / 2>(v, half));
+  }
+}
+
+// The sums of four vectors
+template <class T>
+FASTMAML_INLINE auto sum4(const Vec<T> (&v)[4]) {
+  if constexpr (lanes<T> < 4) {
+    typedef T Quad __attribute__((vector_size(4 * sizeof(T))));
+    return Quad{sum<T>(v[0]), sum<T>(v[1]), sum<T>(v[2]), sum<T>(v[3])};
+  } else {
+    return fold_quads<T, lanes<T>>(sum_quads<T>(v));
+  }
+}
 
 // exp(x) - 1 = 2^k (exp(r) - 1) + (2^k - 1) with |r| <= ln(2) / 2: accurate near 0 too. Ends clamped, NaN
 // stays NaN.

@@ -32,7 +32,7 @@ class Problem:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     adapt: tuple[bool, ...]  # False: frozen, the inner loop leaves it
-    # by itemsize, made beforehand: torch.compile can read such a dict, but not fill one nor call a method here
+    # by itemsize, made beforehand: torch.compile can read such a dict, not fill one nor call a method here
     encoded: dict[int, Any] = field(default_factory=dict)  # the program as the cpu backend passes it on
     layouts: dict[int, Any] = field(default_factory=dict)  # see layout()
     strided: dict[int, Any] = field(default_factory=dict)  # (shape, stride, offset) of each parameter

@@ -1,7 +1,7 @@
 """The `cpu` backend: C++ kernels; one call runs the whole inner loop, the tail and the adjoint of every task.
 
-Tensors come detached, parameters in the order of `problem.names`. The formulas are in csrc/cpu/<op>.h, the recursion in
-csrc/cpu/inner_loop.h.
+Tensors come detached, parameters in the order of `problem.names`. The formulas are in csrc/cpu/<op>.h, the
+recursion in csrc/cpu/inner_loop.h.
 """
 
 import math
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from . import Problem
 
 try:
-    from .. import _C  # registers torch.ops.fastmaml
+    # registers torch.ops.fastmaml
+    from .. import _C  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:
     _C = None
     _WHY_ABSENT = f"the C++ extension is not built ({error}); reinstall fastmaml with a C++ compiler at hand"
@@ -47,7 +48,7 @@ def available() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set that the kernels run on: avx2 or generic."""
+    """The instruction set of the kernels: avx512, avx2 or generic, at most FASTMAML_ISA if that is set."""
     return _C.isa() if _C is not None else "none"
 
 
@@ -71,8 +72,8 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
 
 
 def _fold_relu(program: Program) -> dict[int, tuple[int, float]]:
-    """{op: (producer, slope)} for each (leaky) relu that its two neighbours can do: a linear or norm layer before it that feeds
-    nothing else, and a single linear after it, which finds the slope in the sign of its own input."""
+    """{op: (producer, slope)} for each (leaky) relu that its two neighbours can do: before it a linear or norm
+    layer that feeds nothing else, after it one linear, which finds the slope in the sign of its input."""
     readers: dict[int, list[int]] = {}
     for i, op in enumerate(program.ops):
         for b in op.inputs:
@@ -100,7 +101,7 @@ def _encode(problem: "Problem", itemsize: int) -> str:
     program = problem.program
     assert program is not None
     folded = _fold_relu(program)
-    slopes = {before: slope for before, slope in folded.values()}
+    slopes = dict(folded.values())
     masks = {program.ops[i].output: slope for i, (_, slope) in folded.items()}
     outputs = {before: program.ops[i].output for i, (before, _) in folded.items()}
     index = {name: i for i, name in enumerate(problem.names)}
@@ -190,7 +191,7 @@ def meta_loss(
 
 
 def _over_tasks(grad_lr: Tensor | None, per_task: bool) -> Tensor | None:
-    """[1, K, S] unless a row per task is wanted: the kernels give rows too where a parameter belongs to a task."""
+    """[1, K, S] unless a row per task is wanted: kernels give rows too where a parameter is of one task."""
     return grad_lr if grad_lr is None or per_task or len(grad_lr) == 1 else grad_lr.sum(0, keepdim=True)
 
 
@@ -271,7 +272,7 @@ def _register_fakes() -> None:
 
 if _C is not None:
     _register_fakes()
-    # They are called from autograd Functions only. Without a word on this torch would set up, at 25 us a call,
+    # They are called from autograd Functions only. Without a word on this, torch would set up (25 us a call)
     # a graph node that says that they have no derivative.
     _library = torch.library.Library("fastmaml", "IMPL")
     for _name in _Operators.__annotations__:

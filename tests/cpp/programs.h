@@ -85,8 +85,26 @@ inline Program chain() {
   int64_t h = p.activation(Kind::gelu, p.norm(Kind::layer_norm, 0, 0.1, true), 0);
   h = p.add(p.activation(Kind::gelu, 0, 1), p.linear(h, 3));
   h = p.flatten(p.activation(Kind::sigmoid, h));
-  h = p.norm(Kind::batch_norm, p.activation(Kind::leaky_relu, h, 0.3), 0.2, true);
+  h = p.activation(Kind::leaky_relu, p.norm(Kind::batch_norm, h, 0.2, true), 0.3);
   p.linear(h, 3);
+  return p;
+}
+
+// An activation that is not 0 at 0 in front of a matrix whose rows are padded, and one of large curvature.
+inline Program gates() {
+  Net p(1, 4);
+  int64_t h = p.activation(Kind::sigmoid, p.linear(0, 7));
+  h = p.activation(Kind::gelu, p.linear(h, 3), 1);
+  p.linear(h, 2);
+  return p;
+}
+
+// Wide enough for sums of four lanes of float.
+inline Program columns() {
+  Net p(1, 5);
+  int64_t h = p.activation(Kind::tanh, p.linear(0, 11));
+  h = p.activation(Kind::tanh, p.linear(h, 6));
+  p.linear(h, 9);
   return p;
 }
 
@@ -101,12 +119,13 @@ inline Program fan() {
   s = p.activation(Kind::sigmoid, s);
   s = p.linear(p.add(s, s), 8);
   s = p.add(p.add(s, p.flatten(rows)), p.flatten(p.activation(Kind::gelu, rows)));
-  p.linear(s, 3);
+  const int64_t out = p.linear(s, 3);
+  p.add(out, p.linear(p.activation(Kind::tanh, s), 3));
   return p;
 }
 
-// Weights used twice, frozen ones, and one that nothing uses.
-inline Program tied() {
+// Weights used twice, frozen ones if asked, and one that nothing uses.
+inline Program tied(bool frozen) {
   Net p(1, 4);
   const int64_t w = p.param(4, 4, true), b = p.param(4), unused = p.param(3);
   int64_t h = p.activation(Kind::tanh, p.tied_linear(0, w, b));
@@ -115,7 +134,7 @@ inline Program tied() {
   h = p.activation(Kind::sigmoid, p.tied_linear(h, w, b));
   h = p.op(Kind::layer_norm, h, p.buffers[h], norm.w, norm.b, 0.2);
   h = p.activation(Kind::tanh, p.linear(h, 5));
-  p.params[p.ops[p.ops.size() - 2].w].adapt = false;
+  p.params[p.ops[p.ops.size() - 2].w].adapt = !frozen;
   p.params[unused].adapt = true;
   p.linear(h, 3);
   return p;

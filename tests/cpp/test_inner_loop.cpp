@@ -372,11 +372,15 @@ int main() {
       {"norms", programs::norms(3), cross_entropy, 2, 3, 5, 3, Case::per_tensor, false, false, 0.1},
       {"norms, own parameters", programs::norms(1), mse, 3, 5, 3, 1, Case::scalar, true},
       {"chain", programs::chain(), cross_entropy, 2, 3, 2, 2, Case::scalar, false, true},
+      {"gates", programs::gates(), mse, 2, 3, 4, 3, Case::scalar},
+      {"columns", programs::columns(), mse, 3, 6, 7, 2, Case::scalar},
       {"fan", programs::fan(), mse, 2, 3, 4, 2, Case::scalar, false, true},
-      {"tied", programs::tied(), cross_entropy, 2, 3, 2, 3, Case::scalar},
-      {"tied, per tensor", programs::tied(), mse, 2, 3, 2, 3, Case::per_tensor, true},
-      {"tied, per element", programs::tied(), mse, 1, 4, 2, 2, Case::per_element},
+      {"tied", programs::tied(false), cross_entropy, 2, 3, 2, 3, Case::scalar},
+      {"tied, some frozen", programs::tied(true), cross_entropy, 2, 3, 2, 3, Case::scalar},
+      {"tied, per tensor", programs::tied(true), mse, 2, 3, 2, 3, Case::per_tensor, true},
+      {"tied, per element", programs::tied(true), mse, 1, 4, 2, 2, Case::per_element},
       {"many tasks", programs::tiny(), mse, 67, 2, 1, 2, Case::scalar},
+      {"tied, many tasks", programs::tied(false), mse, 65, 2, 1, 1, Case::scalar},
       {"no parameters", programs::no_parameters(), cross_entropy, 2, 2, 3, 1, Case::scalar},
   };
   for (const Case& a : cases) check_case(a);

@@ -1,0 +1,79 @@
+"""The `cpu` backend on every instruction set that this machine has, on sizes that take every kind of tile."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import error
+from torch import nn
+
+from fastmaml import functional, reference
+from fastmaml.backends import cpu
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
+ALL = ["generic", "avx2", "avx512"]
+
+
+def ask(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"FASTMAML_ISA": isa, "PYTHONPATH": path}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+# widths, examples of the support and query set: few and many rows; panels of 1 to 5 vectors, and what is left
+# over; long rows, which are taken a piece at a time
+SIZES = [
+    ((8, 40, 300, 3), 80, 3),
+    ((3, 128, 64, 64, 5), 5, 75),
+    ((1, 40, 40, 1), 10, 10),
+    ((20, 100, 90, 7), 25, 12),
+    ((33, 17, 50, 21), 40, 9),
+]
+
+
+def check() -> None:
+    """Meta-gradients against the reference; runs in a process of its own, for each instruction set."""
+    for widths, N, Q in SIZES:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for i, o in pairwise(widths):
+            layers += [nn.Linear(i, o), nn.LayerNorm(o) if o == 50 else nn.Tanh()]
+        model = nn.Sequential(*layers[:-1]).double()
+        tasks = [(torch.randn(3, n, widths[0]), torch.randn(3, n, widths[-1])) for n in (N, Q)]
+        found = {}
+        for name, module, dtype in (
+            ("truth", reference, torch.float64),
+            ("ours", functional, torch.float64),
+            ("theirs32", reference, torch.float32),
+            ("ours32", functional, torch.float32),
+        ):
+            model.to(dtype)
+            params = dict(model.named_parameters())
+            data = [(x.to(dtype), y.to(dtype)) for x, y in tasks]
+            how = {"backend": "cpu"} if module is functional else {}
+            loss = module.meta_loss(model, params, *data, loss="mse", lr=0.05, steps=2, **how)
+            grads = torch.autograd.grad(loss, list(params.values()))
+            found[name] = torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]).double()
+            model.double()
+        off = {name: error(value, found["truth"]) for name, value in found.items()}
+        assert off["ours"] < 1e-12, (widths, off)
+        assert off["ours32"] <= 2 * off["theirs32"] + 16 * torch.finfo(torch.float32).eps, (widths, off)
+
+
+@pytest.mark.parametrize("isa", ALL)
+def test_meta_gradients(isa: str) -> None:
+    done = ask("import fastmaml._C; print(fastmaml._C.isa())", isa)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() != isa:
+        pytest.skip(f"this machine has {done.stdout.strip()} at most")
+    done = ask("import test_instruction_sets; test_instruction_sets.check()", isa)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_name() -> None:
+    done = ask("import fastmaml; fastmaml.backends()", "sse9")
+    assert done.returncode != 0
+    assert "ValueError: FASTMAML_ISA must be generic, avx2 or avx512, got sse9" in done.stderr

@@ -1,0 +1,112 @@
+"""The C++ tests see a fault in any kernel: each of these is planted in a copy of the sources and must be caught."""
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cpp"
+COMPILE = ["g++", "-std=c++17", "-O0", "-DFASTMAML_INLINE=inline", "-Wno-psabi", "-pthread"]
+
+# file of csrc/cpu, text that is in it once, what it becomes
+FAULTS = [
+    ("matmul.h", "for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb)", "for (int64_t k = 1; k < K; ++k, a += a_col, b += ldb)"),
+    ("matmul.h", "return bias ? load(bias + c) : Vec<T>{}", "return Vec<T>{}"),
+    ("matmul.h", "if (add) {\n      FASTMAML_UNROLL(j, n) { acc[j] += load(out", "if (false) {\n      FASTMAML_UNROLL(j, n) { acc[j] += load(out"),
+    ("matmul.h", "acc[j] = leaky_relu<T>(acc[j], slope)", "acc[j] = leaky_relu<T>(acc[j], T(0))"),
+    ("matmul.h", "acc[j] = leaky_relu_grad<T>(acc[j], load(y + W * j), mask_slope)", "acc[j] = acc[j]"),
+    ("matmul.h", "acc[j] *= load(scale_each + at + W * j)", "acc[j] *= load(scale_each + W * j)"),
+    ("matmul.h", "acc[j] = load(base + at + W * j) + s * acc[j]", "acc[j] = load(base + at + W * j) - s * acc[j]"),
+    ("matmul.h", "for (; i < columns; ++i) nt_panel", "for (; i + 1 < columns; ++i) nt_panel"),
+    ("matmul.h", "if (add) {\n      FASTMAML_UNROLL(j, n) { acc[j] += load(C", "if (false) {\n      FASTMAML_UNROLL(j, n) { acc[j] += load(C"),
+    ("matmul.h", "k < K; k += 4, a += 4, b += 4 * W", "k + 4 < K; k += 4, a += 4, b += 4 * W"),
+    ("matmul.h", "(c + 4 * j + q) * f[p].ldb + k", "(c + 4 * j + (q ^ 1)) * f[p].ldb + k"),
+    ("simd.h", "interleave<2, 0>(low, high, lane) + interleave<2, 1>(low, high, lane)", "interleave<2, 0>(low, high, lane) + interleave<2, 0>(low, high, lane)"),
+    ("pass.h", "first && grad_add", "grad_add"),
+    ("inner_loop.h", "if (to_grads && s.uses == 0) add_up", "if (false) add_up"),
+    ("pass.h", "acc[j] += load(a + W * j) * load(b + W * j)", "acc[j] += load(a + W * j)"),
+    ("plan.h", "o->first_in0 = first(o->op.in0);", "first(o->op.in0), o->first_in0 = true;"),
+    ("linear.h", "{p.param(op.w), p.t_param(op.w)},\n                  p.t_value", "{p.param(op.w), p.param(op.w)},\n                  p.t_value"),
+    ("linear.h", "times<T, 2>(part, false, rows, {t_d, d}, ldd, {w, t_w}, dx, ldx, e)", "times<T, 2>(part, false, rows, {t_d, t_d}, ldd, {w, t_w}, dx, ldx, e)"),
+    ("linear.h", "linear_weight_grad<T, 2>(part, rows, {x, t_x}, ldx, {t_d, d}, ldd, g)", "linear_weight_grad<T, 1>(part, rows, {x}, ldx, {t_d}, ldd, g)"),
+    ("linear.h", "linear_weight_grad<T, 1>(part, rows, {x}, ldx, {Dual ? t_d : d}, ldd, g)", "linear_weight_grad<T, 1>(part, rows, {x}, ldx, {d}, ldd, g)"),
+    ("norm.h", "along += t * load(keep.h + at + i * g.stride);", "along += t;"),
+    ("norm.h", "store(t_keep.r + j * W, -r * q);", "store(t_keep.r + j * W, r * q);"),
+    ("norm.h", "r * (u - mu - load(keep.h + e) * m)", "r * (u - mu)"),
+    ("norm.h", "t_along += load(t_keep.h + e) * u + h * t_u;", "t_along += h * t_u;"),
+    ("norm.h", "{{t_dy, keep.h}, {dy, t_keep.h}}", "{{t_dy, keep.h}, {t_dy, t_keep.h}}"),
+    ("norm.h", "w ? load(w + k) * t_h + load(t_w + k) * h : t_h", "w ? load(w + k) * t_h : t_h"),
+    ("leaky_relu.h", "first = x > T(0) ? splat(T(1)) : splat(slope)", "first = splat(T(1))"),
+    ("tanh.h", "second = T(-2) * y * first", "second = T(2) * y * first"),
+    ("sigmoid.h", "second = first * (T(1) - T(2) * y)", "second = first * (T(1) - y)"),
+    ("sigmoid.h", "at_zero = true", "at_zero = false"),
+    ("silu.h", "first = s + x * s1", "first = s - x * s1"),
+    ("silu.h", "second = s1 * (T(2) + x", "second = s1 * (T(1) + x"),
+    ("gelu.h", "second = density * (T(2) - x * x)", "second = density * (T(1) - x * x)"),
+    ("gelu.h", "second = t1 + T(0.5) * x * t2", "second = t1 + x * t2"),
+    ("mse.h", "p.t_grad(out)[row * ld + c] = T(2 * s)", "p.t_grad(out)[row * ld + c] = T(s)"),
+    ("cross_entropy.h", "d[c] = s * (d[c] / norm) * (t[c] - along)", "d[c] = s * (d[c] / norm) * t[c]"),
+    ("cross_entropy.h", "if (smoothing) expected += smoothing / C * (z[c] - top);", ""),
+    ("add.h", "if (p.wants_grad(o.tangent_in1)) pass_on", "if (false) pass_on"),
+    ("flatten.h", "t[c] = add ? t[c] + f[c] : f[c]", "t[c] = f[c]"),
+    ("elementwise.h", "v += second * load(p.t_value(op.in0) + i) * load(p.grad(op.out) + i)", "v += second * load(p.t_value(op.in0) + i)"),
+    ("inner_loop.h", "p.scale_each = c.minus_lr.get() + k * P;", "p.scale_each = c.minus_lr.get();"),
+    ("inner_loop.h", "p.grad_scale = c.S == 1 ? -lr(k)[0] : T(-1);", "p.grad_scale = c.S == 1 ? -lr(0)[0] : T(-1);"),
+    ("inner_loop.h", "at[j] -= v[j] * g[j];", "at[j] += v[j] * g[j];"),
+    ("inner_loop.h", "scaled = S != 1 || plan.frozen || plan.tied;", "scaled = S != 1 || plan.frozen;"),
+    ("inner_loop.h", "if (s.uses == 0 || !plan.program.params[i].adapt)\n        std::memcpy", "if (s.uses == 0)\n        std::memcpy"),
+    ("inner_loop.h", "for (int64_t j = 1; j < groups; ++j)", "for (int64_t j = 2; j < groups; ++j)"),
+]  # fmt: skip
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
+    pytest.mark.skipif(not CSRC.exists(), reason="not a source tree"),
+]
+
+
+def run(*command: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def build(csrc: Path, objects: list[Path], folder: Path) -> Path:
+    done = run(*COMPILE, "-I", csrc, "-c", csrc / "cpu" / "isa_generic.cpp", "-o", folder / "engine.o")
+    assert done.returncode == 0, done.stderr
+    done = run("g++", "-pthread", folder / "engine.o", *objects, "-o", folder / "test")
+    assert done.returncode == 0, done.stderr
+    return folder / "test"
+
+
+def caught(number: int, objects: list[Path], folder: Path) -> str | None:
+    """None, or what went wrong."""
+    file, text, fault = FAULTS[number]
+    here = folder / str(number)
+    shutil.copytree(CSRC, here / "csrc")
+    path = here / "csrc" / "cpu" / file
+    source = path.read_text()
+    if source.count(text) != 1:
+        return f"{file}: {source.count(text)} times in it: {text}"
+    path.write_text(source.replace(text, fault))
+    try:
+        passed = run(build(here / "csrc", objects, here), timeout=60).returncode == 0
+    except subprocess.TimeoutExpired:
+        passed = False
+    shutil.rmtree(here)
+    return f"{file}: not caught: {fault or 'without ' + text}" if passed else None
+
+
+def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
+    sources = [TESTS / "test_inner_loop.cpp", CSRC / "cpu" / "thread_pool.cpp", CSRC / "cpu" / "arena.cpp"]
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+    for source, target in zip(sources, objects, strict=True):
+        done = run(*COMPILE, "-O1", "-I", CSRC, "-c", source, "-o", target)
+        assert done.returncode == 0, done.stderr
+    sound = run(build(CSRC, objects, tmp_path))
+    assert sound.returncode == 0, sound.stdout
+    with ThreadPoolExecutor(2) as pool:
+        problems = list(pool.map(lambda n: caught(n, objects, tmp_path), range(len(FAULTS))))
+    assert not (found := [p for p in problems if p]), "\n".join(found)
