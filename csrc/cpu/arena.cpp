@@ -1,6 +1,9 @@
 #include "arena.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -14,7 +17,19 @@ constexpr std::size_t kKept = 0;
 #else
 constexpr std::size_t kKept = std::size_t(32) << 20;
 #endif
-constexpr std::align_val_t kAlign{64};
+constexpr std::size_t kHuge = std::size_t(2) << 20;  // a large page
+
+// Blocks of several large pages lie in such, where the system lends them: the kernels walk down columns of
+// matrices, and with small pages miss the table of them (TLB) every few rows.
+void* allocate(std::size_t bytes) {
+  const std::size_t align = bytes >= kHuge ? kHuge : 64;
+  void* const data = std::aligned_alloc(align, (bytes + align - 1) / align * align);
+  if (!data) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (align == kHuge) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  return data;
+}
 
 struct Block {
   void* data;
@@ -50,7 +65,7 @@ Arena::Arena(std::size_t bytes) : data_(nullptr), bytes_(std::max<std::size_t>(b
       return;
     }
   }
-  data_ = ::operator new(bytes_, kAlign);
+  data_ = allocate(bytes_);
 }
 
 Arena::~Arena() {
@@ -69,7 +84,7 @@ Arena::~Arena() {
       }
     }
   }
-  for (const Block& b : old) ::operator delete(b.data, kAlign);
+  for (const Block& b : old) std::free(b.data);
 }
 
 }  // namespace fastmaml

@@ -265,7 +265,7 @@ struct Worker {
   void add_lr_grad(int64_t k, T* grad_lr) const {
     Pass<T> p = support_pass(k);
     p.grad_dst = g;
-    p.skip_frozen = true;
+    p.only_params = p.skip_frozen = true;
     backward<false>(p);
     T* at = grad_lr + k * c.lr_size();
     for (int64_t i = 0; i < c.n_params(); ++i) {

@@ -50,6 +50,7 @@ struct Pass {
   bool grad_add = false;
   bool skip_frozen = false;
   bool x_grad = false;  // is the gradient of buffer 0 wanted?
+  bool only_params = false;  // the gradients of the buffers are there from an earlier pass
 
   int64_t ld(int64_t b) const { return plan.ld[b]; }
   int64_t rows(int64_t b) const { return n * plan.program.buffers[b].R; }
@@ -65,7 +66,7 @@ struct Pass {
   const T* t_param(int64_t p) const { return p < 0 ? nullptr : t_w + plan.slots[p].offset; }
 
   // Is the gradient of a buffer wanted that moves with the parameters, or only with x?
-  bool wants_grad(bool moves) const { return moves || x_grad; }
+  bool wants_grad(bool moves) const { return !only_params && (moves || x_grad); }
 
   bool wants_param_grad(int64_t p) const {
     return p >= 0 && grad_dst && !(skip_frozen && !plan.program.params[p].adapt);
@@ -93,8 +94,8 @@ FASTMAML_INLINE void column_sums(int64_t rows, int64_t ld, int64_t c, const Colu
   constexpr int W = lanes<T>;
   Vec<T> acc[NV] = {};
   for (const ColumnTerm<T>& term : terms) {
-    const T *a = term.a + c, *b = term.b + c;
-    if (term.b) {
+    const T *a = term.a + c, *b = term.b ? term.b + c : nullptr;
+    if (b) {
       for (int64_t r = 0; r < rows; ++r, a += ld, b += ld) FASTMAML_UNROLL(j, NV) {
           acc[j] += load(a + W * j) * load(b + W * j);
         });
@@ -108,9 +109,7 @@ FASTMAML_INLINE void column_sums(int64_t rows, int64_t ld, int64_t c, const Colu
 }
 template <class T, int NP>
 void column_sum(int64_t rows, int64_t ld, const ColumnTerm<T> (&terms)[NP], const ParamGrad<T>& g) {
-  int64_t c = 0;
-  for (; c + 4 * lanes<T> <= ld; c += 4 * lanes<T>) column_sums<T, 4>(rows, ld, c, terms, g);
-  for (; c < ld; c += lanes<T>) column_sums<T, 1>(rows, ld, c, terms, g);
+  column_panels<T>(ld, [&](auto vectors, int64_t c) { column_sums<T, vectors>(rows, ld, c, terms, g); });
 }
 
 }  // namespace fastmaml::FASTMAML_ISA
