@@ -97,8 +97,10 @@ FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
     const T* b = f[p].b + c;
     for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
       V bv[NV];
-      // panels this wide are of matrices that L2 does not hold (measured: 4 % of the step of a wide network)
-      if constexpr (NV == 4) FASTMAML_UNROLL(j, NV) { __builtin_prefetch(b + 12 * ldb + W * j); });
+      // panels this wide are of matrices that L2 does not hold (measured: 3 % of the step of a wide network)
+      if constexpr (NV == 4) FASTMAML_UNROLL(j, NV) {
+          __builtin_prefetch(b + 12 * ldb + W * j);
+        });
       FASTMAML_UNROLL(j, NV) { bv[j] = in_register(load(b + W * j)); });
       FASTMAML_UNROLL(i, MR) {
         const V av = splat(a[i * a_row]);

@@ -49,7 +49,7 @@ struct Pass {
   const T* scale_each = nullptr;         // [P], multiplies nothing else
   bool grad_add = false;
   bool skip_frozen = false;
-  bool x_grad = false;  // is the gradient of buffer 0 wanted?
+  bool x_grad = false;       // is the gradient of buffer 0 wanted?
   bool only_params = false;  // the gradients of the buffers are there from an earlier pass
 
   int64_t ld(int64_t b) const { return plan.ld[b]; }

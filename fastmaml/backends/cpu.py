@@ -72,7 +72,7 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
 
 
 def _fold_relu(program: Program) -> dict[int, tuple[int, float]]:
-    """{op: (producer, slope)} for each (leaky) relu that its two neighbours can do: before it a linear or norm
+    """{op: (producer, slope)} for each (leaky) relu that its neighbours can do: before it a linear or norm
     layer that feeds nothing else, after it one linear, which finds the slope in the sign of its input."""
     readers: dict[int, list[int]] = {}
     for i, op in enumerate(program.ops):
