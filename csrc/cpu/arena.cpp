@@ -6,20 +6,53 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <vector>
 
 namespace fastmaml {
 namespace {
 
+#if defined(__has_feature)
+#  if __has_feature(address_sanitizer)
+#    define FASTMAML_EXACT
+#  endif
+#elif defined(__SANITIZE_ADDRESS__)
+#  define FASTMAML_EXACT
+#endif
 // bytes of all that is kept; nothing where reads and writes outside of what was asked for are to be seen
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FASTMAML_EXACT)
 constexpr std::size_t kKept = 0;
 #else
 constexpr std::size_t kKept = std::size_t(32) << 20;
 #endif
 constexpr std::size_t kHuge = std::size_t(2) << 20;  // a large page
 
-// Blocks of several large pages lie in such, where the system lends them: the kernels walk down columns of
+struct Block {
+  void* data;
+  std::size_t bytes;
+};
+
+// The blocks, oldest first. Whoever finds them locked goes without: another thread's call is at them, or was
+// when this process was forked.
+struct Kept {
+  static constexpr int most = 64;
+  std::mutex mutex;
+  Block blocks[most];
+  int count = 0;
+  std::size_t bytes = 0;
+
+  Block take(int i) {
+    const Block block = blocks[i];
+    std::copy(blocks + i + 1, blocks + count--, blocks + i);
+    bytes -= block.bytes;
+    return block;
+  }
+};
+
+Kept& kept() {
+  static Kept* const one = new Kept;  // outlives every thread that may still return something
+  return *one;
+}
+
+// A block of a large page or more lies in such, where the system lends them: the kernels walk down columns of
 // matrices, and with small pages miss the table of them (TLB) every few rows.
 void* allocate(std::size_t bytes) {
   const std::size_t align = bytes >= kHuge ? kHuge : 64;
@@ -31,37 +64,20 @@ void* allocate(std::size_t bytes) {
   return data;
 }
 
-struct Block {
-  void* data;
-  std::size_t bytes;
-};
-
-struct Kept {
-  std::mutex mutex;
-  std::vector<Block> blocks;  // the one returned last is at the end
-  std::size_t bytes = 0;
-};
-
-Kept& kept() {
-  static Kept* const one = new Kept;  // outlives every thread that may still return something
-  return *one;
-}
-
 }  // namespace
 
 Arena::Arena(std::size_t bytes) : data_(nullptr), bytes_(std::max<std::size_t>(bytes, 1)) {
+  Kept& k = kept();
   {
-    Kept& k = kept();
-    std::lock_guard<std::mutex> lock(k.mutex);
-    // the smallest that fits, unless most of it would lie idle
-    auto best = k.blocks.end();
-    for (auto b = k.blocks.begin(); b != k.blocks.end(); ++b)
-      if (b->bytes >= bytes_ && b->bytes / 2 <= bytes_ && (best == k.blocks.end() || b->bytes < best->bytes))
-        best = b;
-    if (best != k.blocks.end()) {
-      data_ = best->data, bytes_ = best->bytes;
-      k.bytes -= bytes_;
-      k.blocks.erase(best);
+    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+    int best = -1;  // the smallest that fits, unless most of it would lie idle
+    for (int i = 0; lock.owns_lock() && i < k.count; ++i)
+      if (k.blocks[i].bytes >= bytes_ && k.blocks[i].bytes / 2 <= bytes_ &&
+          (best < 0 || k.blocks[i].bytes < k.blocks[best].bytes))
+        best = i;
+    if (best >= 0) {
+      const Block block = k.take(best);
+      data_ = block.data, bytes_ = block.bytes;
       return;
     }
   }
@@ -69,22 +85,15 @@ Arena::Arena(std::size_t bytes) : data_(nullptr), bytes_(std::max<std::size_t>(b
 }
 
 Arena::~Arena() {
-  std::vector<Block> old;  // is freed without the lock
-  {
-    Kept& k = kept();
-    std::lock_guard<std::mutex> lock(k.mutex);
-    if (bytes_ > kKept) {
-      old.push_back({data_, bytes_});
-    } else {
-      k.blocks.push_back({data_, bytes_});
-      k.bytes += bytes_;
-      for (; k.bytes > kKept; k.blocks.erase(k.blocks.begin())) {
-        old.push_back(k.blocks.front());
-        k.bytes -= old.back().bytes;
-      }
-    }
+  Kept& k = kept();
+  const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+  if (!lock.owns_lock() || bytes_ > kKept) {
+    std::free(data_);
+    return;
   }
-  for (const Block& b : old) std::free(b.data);
+  while (k.count == Kept::most || k.bytes + bytes_ > kKept) std::free(k.take(0).data);
+  k.blocks[k.count++] = {data_, bytes_};
+  k.bytes += bytes_;
 }
 
 }  // namespace fastmaml

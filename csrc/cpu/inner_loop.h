@@ -284,7 +284,7 @@ struct Worker {
     }
   }
 
-  // v_k, in place, or at the last step added to `grads` if there is one: true if it was
+  // v_k, in place; or at the last step to `grads`, if there are such, written or added: true if it was
   bool adjoint_step(int64_t k, int64_t t, T* grad_lr, T* grads, bool add) const {
     if (grad_lr) add_lr_grad(k, grad_lr);
     if (q.first_order || (k == 0 && !q.grads && !q.grad_x_s)) return false;

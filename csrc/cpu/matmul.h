@@ -97,7 +97,7 @@ FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
     const T* b = f[p].b + c;
     for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
       V bv[NV];
-      // panels this wide are of matrices that L2 does not hold (measured: 3 % of the step of a wide network)
+      // matrices with panels this wide may not fit in L2 (measured: 3 % of the step of a wide network)
       if constexpr (NV == 4) FASTMAML_UNROLL(j, NV) {
           __builtin_prefetch(b + 12 * ldb + W * j);
         });
@@ -136,7 +136,7 @@ __attribute__((noinline)) void nn_panel(int64_t M, int64_t K, const Factors<T>* 
 template <int NV>
 constexpr int nn_rows = (registers - NV - 1) / NV > 8 ? 8 : (registers - NV - 1) / NV;
 
-// panel(vectors, first column) for panels of at most 4 vectors (2 where registers are few), and none of one
+// panel(vectors, first column) for panels of at most 4 vectors (3 where registers are few), and none of one
 // vector where it can be avoided
 template <class T, class Panel>
 FASTMAML_INLINE void column_panels(int64_t columns, Panel panel) {
@@ -167,7 +167,7 @@ void nn(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_
   });
 }
 
-// The bare sums of MR x NI outputs, MR at most 4, NI 4 or 1
+// The bare sums of MR x NI outputs: NI is 4, or 1 and then MR at most 4
 template <class T, int MR, int NI, int NP>
 FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t i0, T* C, int64_t ldc,
                              bool add) {

@@ -12,13 +12,14 @@
 
 namespace fastmaml::FASTMAML_ISA {
 
-// A group is walked in `count` vectors, `stride` apart. Batch norm: a vector is a row's part of 8 columns,
+// A group is walked in `count` vectors, `stride` apart. Batch norm: a vector is a row's part of some columns,
 // each lane a group of its own. Layer norm: a row is one group, its vectors the columns, and the lanes are
 // summed too.
 struct Groups {
   int64_t groups, group_stride, count, stride, size;
   int64_t param_group_stride, param_stride;
   int64_t tail;  // layer norm: columns in the last vector
+  int64_t C;     // columns
 };
 
 template <bool Across, class T>
@@ -37,8 +38,8 @@ template <bool Across, class T>
 Groups groups_of(const OpPlan& o, const Pass<T>& p) {
   const int64_t rows = p.rows(o.op.in0), ld = p.ld(o.op.in0), C = p.plan.program.buffers[o.op.in0].C,
                 W = lanes<T>;
-  if (Across) return {rows, ld, ld / W, W, C, 0, W, C - (ld - W)};
-  return {ld / W, W, rows, ld, rows, W, 0, 0};
+  if (Across) return {rows, ld, ld / W, W, C, 0, W, C - (ld - W), C};
+  return {ld / W, W, rows, ld, rows, W, 0, 0, C};
 }
 
 template <bool Across, class T>
@@ -72,7 +73,8 @@ void norm_forward(const OpPlan& o, const Pass<T>& p) {
         const Vec<T> c = trim<Across, T>(load(z + at + i * g.stride) - mu, i, g);
         squares += c * c;
       }
-      const Vec<T> r = one / sqrt<T>(mean<Across, T>(squares, g) + T(op.attr));
+      Vec<T> r = one / sqrt<T>(mean<Across, T>(squares, g) + T(op.attr));
+      if constexpr (!Across) r = first_lanes<T>(r, g.C - j * W);  // else inf in the padding if eps is 0
       store(keep.r + j * W, r);
       for (int64_t i = 0; i < g.count; ++i) {
         const Vec<T> h = trim<Across, T>((load(z + at + i * g.stride) - mu) * r, i, g);

@@ -11,8 +11,8 @@ inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 // A parameter inside the kernels: rows of `cols` numbers, zeros up to `width`, a whole number of vectors, and
 // `ld` from row to row. A matrix lies as [I, O] (`wide`) or as [O, I], whichever pads less, so that a layer
-// with one output does not compute eight. Rows whose distance is a multiple of 512 bytes would share a few
-// sets of the cache: they lie a line further apart.
+// with one output does not compute a whole vector. Rows whose distance is a multiple of 512 bytes would share
+// a few sets of the cache: they lie a line further apart.
 struct Slot {
   int64_t rows, cols, width, ld, offset;
   bool wide;

@@ -1,5 +1,6 @@
 // The engine without torch, for the sanitizers and for planted faults: values against naive.h, derivatives
-// against finite differences. It runs the variant for 16-byte vectors; that for AVX2 is the same source.
+// against finite differences. It runs the variant for 16-byte vectors; those for others
+// are the same source but for a few loads of simd.h, and tests/test_instruction_sets.py runs them.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -371,6 +372,7 @@ int main() {
       {"wide", programs::wide(), cross_entropy, 1, 2, 3, 2, Case::per_element, false, true, 0.1},
       {"norms", programs::norms(3), cross_entropy, 2, 3, 5, 3, Case::per_tensor, false, false, 0.1},
       {"norms, own parameters", programs::norms(1), mse, 3, 5, 3, 1, Case::scalar, true},
+      {"no eps", programs::no_eps(), mse, 2, 6, 5, 2, Case::scalar},
       {"chain", programs::chain(), cross_entropy, 2, 3, 2, 2, Case::scalar, false, true},
       {"gates", programs::gates(), mse, 2, 3, 4, 3, Case::scalar},
       {"columns", programs::columns(), mse, 3, 6, 7, 2, Case::scalar},
