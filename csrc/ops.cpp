@@ -18,23 +18,36 @@ using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 using Text = std::string;
 
+// The program of this text; stands until this thread's next call. A training step asks for the same one every
+// time, and decoding it takes as long as a small network's task.
+const Program& decoded(const Text& text) {
+  thread_local Text known;
+  thread_local Program program;
+  if (text != known) {
+    known.clear();  // should decoding throw
+    program = decode(text);
+    known = text;
+  }
+  return program;
+}
+
 // Fills a Request from tensors, and keeps the contiguous copies that it points into alive.
 class Builder {
  public:
   Request q;
 
   Builder(const Tensors& params, const Tensor& x, const Text& program, Tail tail) : like_(x) {
-    q.program = decode(program);
+    q.program = &decoded(program);
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                     "x must be float32 or float64");
     q.is_double = x.scalar_type() == ScalarType::Double;
     q.tail = tail;
     q.T = x.size(0);
     q.threads = static_cast<int>(torch::stable::get_num_threads());
-    STD_TORCH_CHECK(params.size() == q.program.params.size(), "expected ", q.program.params.size(),
+    STD_TORCH_CHECK(params.size() == q.program->params.size(), "expected ", q.program->params.size(),
                     " parameters, got ", params.size());
     for (std::size_t i = 0; i < params.size(); ++i) {
-      const Param& p = q.program.params[i];
+      const Param& p = q.program->params[i];
       const int64_t size = p.O * p.I, got = params[i].numel();
       STD_TORCH_CHECK(got == size || got == q.T * size, "parameter ", i, " must have ", size, " elements or ",
                       q.T, " times as many, got ", got);
@@ -46,14 +59,14 @@ class Builder {
 
   Set set(const Tensor& x, const Tensor* y, const MaybeTensor& weight) {
     Set s;
-    const Buffer& in = q.program.buffers[0];
+    const Buffer& in = q.program->buffers[0];
     STD_TORCH_CHECK(x.dim() >= 2 && x.size(0) == q.T && x.numel() == q.T * x.size(1) * in.R * in.C,
                     "x does not fit the program");
     s.n = x.size(1);
     s.x = data(x, "x");
     if (y) {
-      const Buffer& out = q.program.buffers[q.program.output];
-      const bool classes = q.program.loss == Loss::cross_entropy;
+      const Buffer& out = q.program->buffers[q.program->output];
+      const bool classes = q.program->loss == Loss::cross_entropy;
       STD_TORCH_CHECK(y->numel() == q.T * s.n * (classes ? 1 : out.R * out.C), "y does not fit the program");
       s.target = data(*y, "y", classes);
       for (int64_t i = 0; classes && i < q.T * s.n; ++i) {
@@ -80,8 +93,8 @@ class Builder {
     if (steps == 0) return;
     q.S = lr.size(1);
     STD_TORCH_CHECK(lr.dim() == 2 && lr.size(0) == steps &&
-                        (q.S == 1 || q.S == static_cast<int64_t>(q.params.size()) || q.S == q.program.P),
-                    "lr must have shape [steps, 1], [steps, parameters] or [steps, ", q.program.P, "]");
+                        (q.S == 1 || q.S == static_cast<int64_t>(q.params.size()) || q.S == q.program->P),
+                    "lr must have shape [steps, 1], [steps, parameters] or [steps, ", q.program->P, "]");
     q.lr = data(lr, "lr");
   }
 
@@ -96,7 +109,7 @@ class Builder {
     if (per_task) return loss(outputs);
     output(outputs, true, {}, &q.total_loss);
   }
-  void grads(Tensors& outputs, bool wanted) { output(outputs, wanted, {rows(), q.program.P}, &q.grads); }
+  void grads(Tensors& outputs, bool wanted) { output(outputs, wanted, {rows(), q.program->P}, &q.grads); }
   void grad_lr(Tensors& outputs, bool wanted) {
     output(outputs, wanted && q.K > 0, {rows(), q.K, q.S}, &q.grad_lr);
   }
@@ -119,7 +132,7 @@ class Builder {
 Tensors apply(Tensors params, Tensor x, Text program) {
   Builder b(params, x, program, Tail::output);
   b.q.query = b.set(x, nullptr, {});
-  const Buffer& out = b.q.program.buffers[b.q.program.output];
+  const Buffer& out = b.q.program->buffers[b.q.program->output];
   Tensors outputs;
   b.output(outputs, true, {b.q.T, b.q.query.n, out.R * out.C}, &b.q.out);
   run(b.q);
@@ -170,7 +183,7 @@ Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor we
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
   Tensors outputs;
-  b.output(outputs, true, {b.q.T, b.q.program.P}, &b.q.out);
+  b.output(outputs, true, {b.q.T, b.q.program->P}, &b.q.out);
   run(b.q);
   return outputs;
 }

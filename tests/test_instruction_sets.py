@@ -1,4 +1,4 @@
-"""The `cpu` backend on every instruction set that this machine has, on sizes that take tiles of many shapes."""
+"""The `cpu` backend on every instruction set that this machine has, on sizes of many kinds."""
 
 import os
 import subprocess

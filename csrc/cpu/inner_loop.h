@@ -80,18 +80,32 @@ void copy_rows(int64_t rows, int64_t C, const T* from, int64_t ld_from, T* to, i
   for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * ld_to, from + r * ld_from, C * sizeof(T));
 }
 
+// f(r, c) in an order that suits a transpose
+template <class F>
+FASTMAML_INLINE void in_tiles(int64_t rows, int64_t cols, const F& f) {
+  for (int64_t r0 = 0; r0 < rows; r0 += 16)
+    for (int64_t c0 = 0; c0 < cols; c0 += 16)
+      for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
+        for (int64_t c = c0; c < std::min(c0 + 16, cols); ++c) f(r, c);
+}
+
 // torch's [O, I] to the slot's layout, padded with zeros
 template <class T>
 void to_slot(const Slot& s, const T* from, T* to) {
-  for (int64_t r = 0; r < s.rows; ++r)
-    for (int64_t c = 0; c < s.ld; ++c)
-      to[r * s.ld + c] = c >= s.cols ? T(0) : s.wide ? from[c * s.rows + r] : from[r * s.cols + c];
+  for (int64_t r = 0; s.cols < s.ld && r < s.rows; ++r)
+    std::memset(to + r * s.ld + s.cols, 0, (s.ld - s.cols) * sizeof(T));
+  if (s.wide)
+    in_tiles(s.rows, s.cols, [&](int64_t r, int64_t c) { to[r * s.ld + c] = from[c * s.rows + r]; });
+  else
+    copy_rows(s.rows, s.cols, from, s.cols, to, s.ld);
 }
 
 template <class T>
 void from_slot(const Slot& s, const T* from, T* to) {
-  for (int64_t r = 0; r < s.rows; ++r)
-    for (int64_t c = 0; c < s.cols; ++c) to[s.wide ? c * s.rows + r : r * s.cols + c] = from[r * s.ld + c];
+  if (s.wide)
+    in_tiles(s.rows, s.cols, [&](int64_t r, int64_t c) { to[c * s.rows + r] = from[r * s.ld + c]; });
+  else
+    copy_rows(s.rows, s.cols, from, s.ld, to, s.cols);
 }
 
 // What all tasks of a call share.
@@ -109,7 +123,7 @@ struct Call {
 
   explicit Call(const Request& request)
       : q(request),
-        plan(make_plan(request.program, lanes<T>, 64 / sizeof(T))),
+        plan(make_plan(*request.program, lanes<T>, 64 / sizeof(T))),
         N(q.support.n),
         Q(q.query.n),
         K(q.K),
@@ -440,8 +454,13 @@ void run_call(const Request& q) {
     *static_cast<T*>(q.total_loss) = T(total);
   }
   if (!sum_tasks) return;
-  for (int64_t j = 1; j < groups; ++j)
-    for (int64_t i = 0; i < both; ++i) sums[i] += sums[j * both + i];
+  const int64_t slice =
+      int64_t(1) << 14;  // of the sum over groups, too long for one thread where nets are wide
+  parallel((both + slice - 1) / slice, q.threads, [&](int64_t part, int) {
+    const int64_t end = std::min((part + 1) * slice, both);
+    for (int64_t j = 1; j < groups; ++j)
+      for (int64_t i = part * slice; i < end; ++i) sums[i] += sums[j * both + i];
+  });
   write(sums, 0);
 }
 

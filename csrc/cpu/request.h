@@ -24,7 +24,7 @@ struct Set {
 };
 
 struct Request {
-  Program program;
+  const Program* program = nullptr;
   bool is_double = false;
   Tail tail = Tail::loss;
   int64_t T = 0, K = 0;

@@ -118,7 +118,7 @@ Results run(const Call& c) {
     return s.target = classes.back().data(), s;
   };
   Request q;
-  q.program = c.program, q.is_double = sizeof(S) == 8, q.tail = c.tail, q.T = c.T, q.K = c.K, q.S = c.S;
+  q.program = &c.program, q.is_double = sizeof(S) == 8, q.tail = c.tail, q.T = c.T, q.K = c.K, q.S = c.S;
   q.checkpoint_every = c.checkpoint_every, q.first_order = c.first_order, q.per_task = c.per_task;
   q.threads = c.threads, q.lr = input(c.lr), q.support = set(c.support), q.query = set(c.query);
   for (std::size_t i = 0; i < c.params.size(); ++i)
