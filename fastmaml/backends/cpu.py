@@ -4,6 +4,7 @@ Tensors come detached, parameters in the order of `problem.names`. The formulas 
 recursion in csrc/cpu/inner_loop.h.
 """
 
+import importlib
 import math
 import struct
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from . import Problem
 
 try:
-    # registers torch.ops.fastmaml
-    from .. import _C  # pyright: ignore[reportAttributeAccessIssue]
+    _C = importlib.import_module("fastmaml._C")  # registers torch.ops.fastmaml
 except ImportError as error:
     _C = None
     _WHY_ABSENT = f"the C++ extension is not built ({error}); reinstall fastmaml with a C++ compiler at hand"
