@@ -305,7 +305,7 @@ struct Worker {
     Pass<T> p = support_pass(k);
     p.x_grad = q.grad_x_s;
     p.t_w = v;
-    const bool to_grads = grads && k == 0 && plan.tangent[plan.program.output];
+    const bool to_grads = grads && k == 0;
     p.grad_dst = to_grads ? grads : v;
     p.grad_add = to_grads && add;
     p.grad_base = v;
@@ -454,8 +454,8 @@ void run_call(const Request& q) {
     *static_cast<T*>(q.total_loss) = T(total);
   }
   if (!sum_tasks) return;
-  const int64_t slice =
-      int64_t(1) << 14;  // of the sum over groups, too long for one thread where nets are wide
+  // where nets are wide the sum over groups is too long for one thread
+  const int64_t slice = int64_t(1) << 14;
   parallel((both + slice - 1) / slice, q.threads, [&](int64_t part, int) {
     const int64_t end = std::min((part + 1) * slice, both);
     for (int64_t j = 1; j < groups; ++j)

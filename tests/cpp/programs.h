@@ -79,8 +79,7 @@ inline Program norms(int64_t O) {
   return p;
 }
 
-// A group without variance and no eps: 0 there where the padding is, 0 / 0 where it is not. Padded rows meet
-// padded rows in the matrix that follows.
+// Without eps a column of the padding, which has no variance, gives 1 / 0; the matrix that follows reads it.
 inline Program no_eps() {
   Net p(1, 3);
   const int64_t h = p.norm(Kind::batch_norm, p.linear(0, 7), 0, true);

@@ -1,6 +1,6 @@
 // The engine without torch, for the sanitizers and for planted faults: values against naive.h, derivatives
-// against finite differences. It runs the variant for 16-byte vectors; those for others
-// are the same source but for a few loads of simd.h, and tests/test_instruction_sets.py runs them.
+// against finite differences. It runs the variant for 16-byte vectors; the others are the same source but for
+// a few loads in simd.h, and tests/test_instruction_sets.py runs them.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
