@@ -118,6 +118,20 @@ class Builder {
     for (int64_t i = 0; i < x.dim(); ++i) shape[i] = x.size(i);
     output(outputs, wanted, shape, at);
   }
+  // the ops whose weights stay factors
+  void factor(const std::vector<int64_t>& ops) {
+    const Program& p = *q.program;
+    for (int64_t i : ops) {
+      STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(p.ops.size()) && p.ops[i].kind == Kind::linear,
+                      "op ", i, " is no linear layer");
+      int64_t uses = 0;
+      for (const Op& o : p.ops) uses += o.w == p.ops[i].w || o.b == p.ops[i].w;
+      STD_TORCH_CHECK(uses == 1 && !q.own[p.ops[i].w] && q.S != p.P, "the weight of op ", i,
+                      " is tied, of one task, or has step sizes per element: it cannot be factored");
+      q.factored.resize(p.ops.size());
+      q.factored[i] = 1;
+    }
+  }
   void split_tasks(bool per_task) { q.per_task = per_task || any_own_; }
 
  private:
@@ -206,13 +220,14 @@ Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, Maybe
 }
 
 Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s, Tensor x_q,
-                  Tensor y_q, MaybeTensor weight_q, Text program, int64_t steps, bool first_order,
-                  int64_t checkpoint_every, bool per_task, double scale, bool grad_params, bool grad_lr,
+                  Tensor y_q, MaybeTensor weight_q, Text program, std::vector<int64_t> factored, int64_t steps,
+                  bool first_order, int64_t checkpoint_every, bool per_task, double scale, bool grad_params, bool grad_lr,
                   bool grad_x_s, bool grad_x_q) {
   Builder b(params, x_s, program, Tail::loss);
   b.q.support = b.set(x_s, &y_s, weight_s);
   b.q.query = b.set(x_q, &y_q, weight_q);
   b.set_lr(lr, steps);
+  b.factor(factored);
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;
   b.q.scale = scale;
   b.split_tasks(per_task);
@@ -248,7 +263,7 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "bool grad_lr, bool grad_x) -> Tensor[]");
   m.def(
       "meta_loss(Tensor[] params, Tensor lr, Tensor x_s, Tensor y_s, Tensor? weight_s, Tensor x_q, "
-      "Tensor y_q, Tensor? weight_q, str program, int steps, bool first_order, "
+      "Tensor y_q, Tensor? weight_q, str program, int[] factored, int steps, bool first_order, "
       "int checkpoint_every, bool per_task, float scale, bool grad_params, bool grad_lr, bool grad_x_s, bool "
       "grad_x_q) "
       "-> Tensor[]");

@@ -10,12 +10,13 @@ namespace fastmaml::FASTMAML_ISA {
 template <class T, int NP>
 void times(const Slot& s, bool transpose, int64_t rows, const T* const (&a)[NP], int64_t lda,
            const T* const (&w)[NP], T* y, int64_t ldy, const Activate<T>& e) {
+  const bool by_rows = s.wide == transpose;
   Factors<T> f[NP];
-  for (int p = 0; p < NP; ++p) f[p] = {a[p], lda, 1, w[p], s.ld};
-  if (s.wide == transpose)
-    nn<T, NP>(rows, s.rows, s.width, f, y, ldy, e);
+  for (int p = 0; p < NP; ++p) f[p] = {a[p], lda, 1, w[p], s.ld, by_rows ? s.rows : s.cols};
+  if (by_rows)
+    nn<T, NP>(rows, s.width, f, y, ldy, e);
   else
-    nt<T, NP>(rows, s.cols, s.rows, f, y, ldy, e);
+    nt<T, NP>(rows, s.rows, f, y, ldy, e);
 }
 
 template <bool Dual, class T>
@@ -44,14 +45,20 @@ void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], in
                         const T* const (&d)[NP], int64_t ldd, const ParamGrad<T>& g) {
   Factors<T> f[NP];
   for (int p = 0; p < NP; ++p)
-    f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd} : Factors<T>{d[p], 1, ldd, x[p], ldx};
-  nn<T, NP>(s.rows, rows, s.width, f, g.dst, s.ld, g.update());
+    f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd, rows} : Factors<T>{d[p], 1, ldd, x[p], ldx, rows};
+  nn<T, NP>(s.rows, s.width, f, g.dst, s.ld, g.update());
 }
 
 // A part of the rows of a parameter or of its gradient.
 template <class T>
 const T* rows_from(const T* w, const Slot& s, int64_t row) {
   return w ? w + row * s.ld : nullptr;
+}
+
+template <bool Dual, class T>
+void bias_grad(const OpPlan& o, const Pass<T>& p) {
+  const T* const d = Dual ? p.t_grad(o.op.out) : p.grad(o.op.out);
+  column_sum<T, 1>(p.rows(o.op.out), p.ld(o.op.out), {{d, nullptr}}, p.param_grad(o.op.b, o.first_b));
 }
 
 template <bool Dual, class T>
@@ -92,8 +99,7 @@ void linear_backward(const OpPlan& o, const Pass<T>& p) {
         linear_weight_grad<T, 1>(part, rows, {x}, ldx, {Dual ? t_d : d}, ldd, g);
     }
   }
-  if (p.wants_param_grad(op.b))
-    column_sum<T, 1>(rows, ldd, {{Dual ? t_d : d, nullptr}}, p.param_grad(op.b, o.first_b));
+  if (p.wants_param_grad(op.b)) bias_grad<Dual>(o, p);
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

@@ -15,6 +15,7 @@ struct Factors {
   int64_t a_row, a_col;  // strides of A
   const T* b;
   int64_t ldb;
+  int64_t K;  // of the sum over k
 };
 
 // A layer's output or input gradient: C = bias + products, or C + products; then (leaky) relu, or the slope
@@ -81,8 +82,9 @@ struct Update {
   }
 };
 
+// The sum of NP products, or with NP = 0 of `count`.
 template <class T, int MR, int NV, int NP, class End>
-FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t c, T* C, int64_t ldc,
+FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int64_t c, T* C, int64_t ldc,
                              const End& e) {
   using V = Vec<T>;
   constexpr int W = lanes<T>;
@@ -91,10 +93,10 @@ FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
     const V start = e.start(c + W * j);
     FASTMAML_UNROLL(i, MR) { acc[i][j] = start; });
   });
-  FASTMAML_UNROLL(p, NP) {
-    const int64_t a_row = f[p].a_row, a_col = f[p].a_col, ldb = f[p].ldb;
-    const T* a = f[p].a + m * a_row;
-    const T* b = f[p].b + c;
+  auto product = [&](const Factors<T>& p) __attribute__((always_inline)) {
+    const int64_t a_row = p.a_row, a_col = p.a_col, ldb = p.ldb, K = p.K;
+    const T* a = p.a + m * a_row;
+    const T* b = p.b + c;
     for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
       V bv[NV];
       // matrices with panels this wide may not fit in L2 (measured: 3 % of the step of a wide network)
@@ -107,7 +109,11 @@ FASTMAML_INLINE void nn_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
         FASTMAML_UNROLL(j, NV) { acc[i][j] += av * bv[j]; });
       });
     }
-  });
+  };
+  if constexpr (NP > 0)
+    FASTMAML_UNROLL(p, NP) { product(f[p]); });
+  else
+    for (int64_t p = 0; p < count; ++p) product(f[p]);
   FASTMAML_UNROLL(i, MR) { e.finish(acc[i], m + i, c, C, ldc); });
 }
 
@@ -125,11 +131,11 @@ FASTMAML_INLINE void row_blocks(int64_t M, Tile tile) {
 }
 
 template <class T, int MR, int NV, int NP, class End>
-__attribute__((noinline)) void nn_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C,
+__attribute__((noinline)) void nn_panel(int64_t M, const Factors<T>* f, int64_t count, int64_t c, T* C,
                                         int64_t ldc, const End& e) {
   row_blocks<MR>(
       M, [&](auto rows, int64_t m)
-             __attribute__((always_inline)) { nn_tile<T, rows, NV, NP>(K, f, m, c, C, ldc, e); });
+             __attribute__((always_inline)) { nn_tile<T, rows, NV, NP>(f, count, m, c, C, ldc, e); });
 }
 
 // Rows of a tile that is NV vectors wide: as many as leave registers for NV vectors of B and one number of A.
@@ -161,9 +167,10 @@ FASTMAML_INLINE void column_panels(int64_t columns, Panel panel) {
 
 // columns: padded to whole vectors, all of them written
 template <class T, int NP, class End>
-void nn(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const End& e) {
+void nn(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const End& e,
+        int64_t count = NP) {
   column_panels<T>(columns, [&](auto vectors, int64_t c) {
-    nn_panel<T, nn_rows<vectors>, vectors, NP>(M, K, f, c, C, ldc, e);
+    nn_panel<T, nn_rows<vectors>, vectors, NP>(M, f, count, c, C, ldc, e);
   });
 }
 
@@ -278,7 +285,7 @@ __attribute__((noinline)) void quad_panel(int64_t M, int64_t K, const Factors<T>
           for (const T*& at : from) at += 4;
         }
       });
-      piece[p] = {f[p].a + k, f[p].a_row, 1, packed, 0};
+      piece[p] = {f[p].a + k, f[p].a_row, 1, packed, 0, some};
     }
     Activate<T> part = e;
     if (k > 0) part.bias = nullptr, part.add = true;
@@ -291,8 +298,9 @@ __attribute__((noinline)) void quad_panel(int64_t M, int64_t K, const Factors<T>
 
 // K and columns: exact, but both operands padded with zeros to whole vectors, as is C.
 template <class T, int NP>
-void nt(int64_t M, int64_t K, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Activate<T>& e) {
+void nt(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Activate<T>& e) {
   constexpr int64_t W = lanes<T>;
+  const int64_t K = f[0].K;
   int64_t c = 0;
   if constexpr (W >= 4)
     if (K <= 4 * M)

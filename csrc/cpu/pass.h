@@ -13,9 +13,11 @@ struct Frame {
   T* saved = nullptr;
 };
 
+// of one of the tasks whose buffers lie at `places`
 template <class T>
-Frame<T> carve_frame(const Plan& plan, int64_t n, T* at) {
-  return {at, at + n * plan.per_example, at + 2 * n * plan.per_example};
+Frame<T> carve_frame(const Plan& plan, const Places& places, int64_t task, T* at) {
+  const int64_t size = places.tasks * places.n * plan.per_example;
+  return {at, at + size, at + 2 * size + task * plan.saved_size(places.n)};
 }
 
 // Where a parameter's gradient g goes: dst = base + scale * g. Plain: the next fast weights, W - a g. Dual:
@@ -35,8 +37,9 @@ struct ParamGrad {
 template <class T>
 struct Pass {
   const Plan& plan;
-  int64_t n;   // examples
-  const T* x;  // [n * R, ld]: buffer 0
+  int64_t n;          // examples
+  const int64_t* at;  // of each buffer in the frames
+  const T* x;         // [n * R, ld]: buffer 0
   Frame<T> primal;
   Frame<T> tangent;        // dual only
   const T* w = nullptr;    // [P] in slots: the fast weights
@@ -54,11 +57,11 @@ struct Pass {
 
   int64_t ld(int64_t b) const { return plan.ld[b]; }
   int64_t rows(int64_t b) const { return n * plan.program.buffers[b].R; }
-  const T* value(int64_t b) const { return b == 0 ? x : primal.value + n * plan.before[b]; }
-  T* out(int64_t b) const { return primal.value + n * plan.before[b]; }
-  T* grad(int64_t b) const { return primal.grad + n * plan.before[b]; }
-  T* t_value(int64_t b) const { return tangent.value + n * plan.before[b]; }
-  T* t_grad(int64_t b) const { return tangent.grad + n * plan.before[b]; }
+  const T* value(int64_t b) const { return b == 0 ? x : primal.value + at[b]; }
+  T* out(int64_t b) const { return primal.value + at[b]; }
+  T* grad(int64_t b) const { return primal.grad + at[b]; }
+  T* t_value(int64_t b) const { return tangent.value + at[b]; }
+  T* t_grad(int64_t b) const { return tangent.grad + at[b]; }
   T* saved(const OpPlan& o, const Frame<T>& f) const {
     return f.saved + n * o.saved_each_before + o.saved_fixed_before;
   }

@@ -20,8 +20,13 @@ struct Slot {
   int64_t size() const { return rows * ld; }
 };
 
+// How a linear layer's fast weights are held: as a matrix for each task, or as theta and the rows that the steps
+// leave (factored.h); `fixed_input` where these are the rows of x in every step.
+enum class Form { dense, factored, fixed_input };
+
 struct OpPlan {
   Op op;
+  Form form;
   bool tangent_in0, tangent_in1, tangent_out;  // does the buffer move with the parameters?
   bool first_in0, first_in1;                   // first to write this buffer's gradient in the backward pass
   bool first_w, first_b;                       // first to write this parameter's gradient
@@ -40,16 +45,37 @@ struct Plan {
   int64_t P = 0;  // floats of all slots
   int64_t per_example = 0, saved_each = 0, saved_fixed = 0;
   bool tied = false, frozen = false;
+  bool factored = false;      // is any layer
+  bool side_by_side = false;  // have tasks to run so, for a product of all of them with one theta in each step?
 
-  int64_t frame_size(int64_t n) const {
-    return round_up(2 * n * per_example + n * saved_each + saved_fixed, 16);
+  int64_t saved_size(int64_t n) const { return n * saved_each + saved_fixed; }
+  int64_t frame_size(int64_t n, int64_t tasks) const {
+    return round_up(tasks * (2 * n * per_example + saved_size(n)), 16);
   }
 };
 
-// lanes: of a vector; line: numbers in a cache line of 64 bytes
-inline Plan make_plan(Program program, int64_t lanes, int64_t line) {
+// Where the buffers of `tasks` tasks lie in a frame: a buffer of all tasks is one matrix.
+struct Places {
+  int64_t n = 0, tasks = 0;
+  std::vector<int64_t> at;  // [tasks, buffers]
+
+  Places(const Plan& plan, int64_t n, int64_t tasks) : n(n), tasks(tasks) {
+    for (int64_t task = 0; task < tasks; ++task)
+      for (std::size_t b = 0; b < plan.ld.size(); ++b)
+        at.push_back(n * (tasks * plan.before[b] + task * plan.program.buffers[b].R * plan.ld[b]));
+  }
+  const int64_t* of(int64_t task) const { return at.data() + task * (at.size() / tasks); }
+};
+
+// lanes: of a vector; line: numbers in a cache line of 64 bytes; factored: for each op, empty for none;
+// x_grad: is the gradient of x wanted?
+inline Plan make_plan(Program program, int64_t lanes, int64_t line, const std::vector<char>& factored = {},
+                      bool x_grad = false) {
   Plan plan;
   plan.lanes = lanes;
+  std::vector<char> no_matrix(program.params.size(), 0);
+  for (std::size_t i = 0; i < factored.size(); ++i)
+    if (factored[i]) no_matrix[program.ops[i].w] = 1;
   for (const Buffer& b : program.buffers) {
     plan.ld.push_back(round_up(b.C, lanes));
     plan.before.push_back(plan.per_example);
@@ -58,8 +84,10 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line) {
   for (const Param& p : program.params) {
     Slot s{};
     s.wide = !p.matrix || round_up(p.O, lanes) * p.I <= round_up(p.I, lanes) * p.O;
-    s.rows = s.wide ? p.I : p.O;
-    s.cols = s.wide ? p.O : p.I;
+    if (!no_matrix[plan.slots.size()]) {
+      s.rows = s.wide ? p.I : p.O;
+      s.cols = s.wide ? p.O : p.I;
+    }
     s.width = round_up(s.cols, lanes);
     s.ld = s.rows > 1 && s.width % (8 * line) == 0 ? s.width + line : s.width;
     s.offset = plan.P;
@@ -75,6 +103,11 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line) {
     o.tangent_in1 = op.in1 >= 0 && plan.tangent[op.in1];
     o.tangent_out = o.tangent_in0 || o.tangent_in1 || op.w >= 0 || op.b >= 0;
     plan.tangent[op.out] = o.tangent_out;
+    if (!factored.empty() && factored[plan.ops.size()]) {
+      o.form = op.in0 == 0 && !x_grad ? Form::fixed_input : Form::factored;
+      plan.factored = true;
+      plan.side_by_side |= o.form == Form::factored;
+    }
     const Buffer& in = program.buffers[op.in0];
     const int64_t ld = plan.ld[op.in0];
     if (op.kind == Kind::batch_norm) o.saved_each = ld, o.saved_fixed = ld;  // h [N, C]; r [C]

@@ -178,14 +178,16 @@ def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, che
 
 
 def meta_loss(
-    problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, scale, needs
-):
+    problem, params, lr, support, query,
+    *, steps, first_order, checkpoint_every, per_task, scale, needs, factored=(),
+):  # fmt: skip
     (x_s, y_s), (x_q, y_q) = support, query
     want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
     encoded, every = _encoded(problem, x_s), checkpoint_every or 0
     loss, *out = _op.meta_loss(
-        params, lr, x_s, *y_s, x_q, *y_q, encoded, steps, first_order, every, per_task, scale, *want
-    )
+        params, lr, x_s, *y_s, x_q, *y_q,
+        encoded, factored, steps, first_order, every, per_task, scale, *want,
+    )  # fmt: skip
     grads, grad_lr, grad_s, grad_q = _place(out, want)
     return loss, grads, _over_tasks(grad_lr, per_task), grad_s, grad_q
 
@@ -262,7 +264,7 @@ def _register_fakes() -> None:
         return _wanted(x, (grad_params, (rows, P)), lr_grad, (grad_x, x.shape))
 
     @fake("fastmaml::meta_loss")
-    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, steps, first_order,
+    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, factored, steps, first_order,
           checkpoint_every, per_task, scale, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
         rows, P = _rows_and_P(params, program, x_s.shape[0], per_task)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])

@@ -1,0 +1,170 @@
+// What all tasks of a call share, and how parameters lie inside of it.
+#pragma once
+#include <memory>
+#include <optional>
+
+#include "factored.h"
+#include "request.h"
+
+namespace fastmaml::FASTMAML_ISA {
+
+// rows of C numbers to rows of ld numbers and back
+template <class T>
+void copy_rows(int64_t rows, int64_t C, const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * ld_to, from + r * ld_from, C * sizeof(T));
+}
+
+// f(r, c) in an order that suits a transpose
+template <class F>
+FASTMAML_INLINE void in_tiles(int64_t rows, int64_t cols, const F& f) {
+  for (int64_t r0 = 0; r0 < rows; r0 += 16)
+    for (int64_t c0 = 0; c0 < cols; c0 += 16)
+      for (int64_t r = r0; r < std::min(r0 + 16, rows); ++r)
+        for (int64_t c = c0; c < std::min(c0 + 16, cols); ++c) f(r, c);
+}
+
+// torch's [O, I] to the slot's layout, padded with zeros
+template <class T>
+void to_slot(const Slot& s, const T* from, T* to) {
+  for (int64_t r = 0; s.cols < s.ld && r < s.rows; ++r)
+    std::memset(to + r * s.ld + s.cols, 0, (s.ld - s.cols) * sizeof(T));
+  if (s.wide)
+    in_tiles(s.rows, s.cols, [&](int64_t r, int64_t c) { to[r * s.ld + c] = from[c * s.rows + r]; });
+  else
+    copy_rows(s.rows, s.cols, from, s.cols, to, s.ld);
+}
+
+template <class T>
+void from_slot(const Slot& s, const T* from, T* to) {
+  if (s.wide)
+    in_tiles(s.rows, s.cols, [&](int64_t r, int64_t c) { to[c * s.rows + r] = from[r * s.ld + c]; });
+  else
+    copy_rows(s.rows, s.cols, from, s.ld, to, s.cols);
+}
+
+// What all tasks of a call share.
+template <class T>
+struct Call {
+  const Request& q;
+  Plan plan;
+  int64_t N, Q, K, S, every;  // every: steps between two stored W_k
+  bool adjoint, keep;         // is there a sweep back; are the steps' activations and weights kept for it
+  bool scaled;  // is the tangent a_k v a copy, because a_k is not one number or v changes while it is read
+  bool any_own = false;
+  int64_t group = 1, side_by_side = 1;  // tasks that share a product with theta; of them, in one sweep
+  std::unique_ptr<T[]> theta;        // in slots, where shared by the tasks
+  std::unique_ptr<T[]> minus_lr;     // [K, P] in slots: -a, where it has a number for each element
+  std::unique_ptr<double[]> losses;  // [T], where their sum is wanted
+  std::optional<Arena> packed;
+  std::vector<Theta<T>> thetas;       // of the factored layers, by op
+  std::vector<std::vector<T>> rates;  // [K] for each
+
+  explicit Call(const Request& request)
+      : q(request),
+        plan(make_plan(*request.program, lanes<T>, 64 / sizeof(T), request.factored,
+                       request.grad_x_s || request.grad_x_q)),
+        N(q.support.n),
+        Q(q.query.n),
+        K(q.K),
+        S(q.S) {
+    // the activations of the steps are the fast weights where these are factored: all of them stay
+    const bool checkpoints = q.checkpoint_every > 0 && q.checkpoint_every < K && !plan.factored;
+    every = checkpoints ? q.checkpoint_every : std::max<int64_t>(K, 1);
+    adjoint = q.grads || q.grad_lr || q.grad_x_s;
+    const bool second_order = !q.first_order && (q.grads || q.grad_x_s || (q.grad_lr && K > 1));
+    keep = adjoint && K > 0 && (second_order || q.grad_lr);
+    scaled = S != 1 || plan.frozen || plan.tied || plan.factored;
+    for (char own : q.own) any_own |= own != 0;
+    if (q.total_loss) losses.reset(new double[q.T]);
+    theta.reset(new T[plan.P]());
+    for (std::size_t i = 0; i < q.params.size(); ++i)
+      if (!q.own[i])
+        to_slot(plan.slots[i], static_cast<const T*>(q.params[i]), theta.get() + plan.slots[i].offset);
+    if (plan.factored) factor();
+    if (element_lr()) {
+      minus_lr.reset(new T[K * plan.P]());
+      for (int64_t k = 0; k < K; ++k)
+        flat_to_slots(static_cast<const T*>(q.lr) + k * S, minus_lr.get() + k * plan.P);
+      for (int64_t i = 0; i < K * plan.P; ++i) minus_lr[i] = -minus_lr[i];
+    }
+  }
+
+  // theta for products with the rows of many tasks, and how many these are
+  void factor() {
+    struct Panel {
+      Packed<T> to;
+      int64_t c, width;
+      const T* from;
+      int64_t row, step;
+    };
+    std::vector<Panel> panels;
+    thetas.resize(plan.ops.size());
+    rates.resize(plan.ops.size());
+    int64_t size = 0;
+    for (const OpPlan& o : plan.ops) {
+      if (o.form == Form::dense) continue;
+      const Param& p = plan.program.params[o.op.w];
+      size += Packed<T>::size(p.I, p.O) + Packed<T>::size(p.O, p.I);
+    }
+    packed.emplace(size * sizeof(T));
+    T* at = static_cast<T*>(packed->data());
+    for (std::size_t i = 0; i < plan.ops.size(); ++i) {
+      const OpPlan& o = plan.ops[i];
+      if (o.form == Form::dense) continue;
+      const Param& p = plan.program.params[o.op.w];
+      const T* const w = static_cast<const T*>(q.params[o.op.w]);
+      auto pack = [&](int64_t rows, int64_t columns, int64_t row, int64_t step) {
+        const Packed<T> to{rows, columns, at};
+        at += Packed<T>::size(rows, columns);
+        column_panels<T>(columns, [&](auto vectors, int64_t c) {
+          panels.push_back({to, c, vectors * lanes<T>, w, row, step});
+        });
+        return to;
+      };
+      for (int64_t k = 0; k < K; ++k)
+        rates[i].push_back(p.adapt ? static_cast<const T*>(q.lr)[k * S + (S == 1 ? 0 : o.op.w)] : T(0));
+      thetas[i].rates = rates[i].data();
+      thetas[i].forward = pack(p.I, p.O, 1, p.I);
+      if (o.form == Form::factored) thetas[i].backward = pack(p.O, p.I, p.I, 1);
+    }
+    parallel(panels.size(), q.threads, [&](int64_t i, int) {
+      const Panel& p = panels[i];
+      p.to.fill(p.c, p.width, p.from, p.row, p.step);
+    });
+    // Enough rows that reading theta costs less than multiplying with it (measured), and equal groups.
+    const int64_t enough = (96 + N - 1) / std::max<int64_t>(N, 1), share = (q.T + q.threads - 1) / q.threads;
+    group = std::clamp<int64_t>(enough, 1, share);
+    const int64_t rounds = (q.T + group * q.threads - 1) / (group * q.threads);
+    group = (q.T + rounds * q.threads - 1) / (rounds * q.threads);
+    side_by_side = plan.side_by_side ? group : 1;
+  }
+
+  int64_t n_params() const { return plan.slots.size(); }
+  bool element_lr() const { return K > 0 && S != 1 && S != n_params(); }
+  int64_t lr_size() const { return element_lr() ? plan.P : S; }  // of one step's gradient, inside
+
+  void flat_to_slots(const T* flat, T* slots) const {
+    for (int64_t i = 0; i < n_params(); ++i)
+      to_slot(plan.slots[i], flat + plan.program.params[i].offset, slots + plan.slots[i].offset);
+  }
+  // all but the factored weights
+  void slots_to_flat(const T* slots, T* flat) const {
+    for (int64_t i = 0; i < n_params(); ++i) {
+      const Param& p = plan.program.params[i];
+      const int64_t end = p.offset + p.O * p.I,
+                    next = i + 1 < n_params() ? plan.program.params[i + 1].offset : plan.program.P;
+      from_slot(plan.slots[i], slots + plan.slots[i].offset, flat + p.offset);
+      std::memset(flat + end, 0, (next - end) * sizeof(T));
+    }
+  }
+  void write_lr_grad(const T* inside, T* out) const {
+    for (int64_t k = 0; k < K; ++k) {
+      if (element_lr())
+        slots_to_flat(inside + k * plan.P, out + k * S);
+      else
+        std::memcpy(out + k * S, inside + k * S, S * sizeof(T));
+    }
+  }
+};
+
+}  // namespace fastmaml::FASTMAML_ISA

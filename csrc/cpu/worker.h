@@ -1,0 +1,424 @@
+// A worker's memory and the run of tasks in it.
+#pragma once
+#include "call.h"
+#include "sweep.h"
+
+namespace fastmaml::FASTMAML_ISA {
+
+// Where a task's gradients by params [P] and lr [K, S] go, in slots; null: not wanted. `add`: to what is there.
+template <class T>
+struct Sums {
+  T *grads, *grad_lr;
+  bool add;
+};
+
+// Runs a group of tasks, one after another or, where a factored layer multiplies the rows of all of them with its
+// theta in every step, side by side. Nothing is allocated after the constructor.
+template <class T>
+struct Worker {
+  const Call<T>& c;
+  const Plan& plan;
+  const Request& q;
+  const int64_t P, N, Q, K, ld0;  // ld0: of an example
+  const Places support_places, query_places;
+  std::optional<Arena> arena;
+  int64_t frames = 0, weight_sets = 0;  // of the steps: frames, W_k of a task
+  T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
+  int64_t frame, t_frame, clear = 0;  // floats of a step's frames; floats that start as zeros
+  std::vector<Pass<T>> first, query;
+  Sweep<T> s;
+  std::vector<std::optional<FactoredLayer<T>>> factored;  // by op
+  std::vector<std::optional<FixedInputLayer<T>>> fixed_input;
+  std::vector<Sums<T>> sums;  // where the caller puts those of a group
+
+  explicit Worker(const Call<T>& call)
+      : c(call),
+        plan(call.plan),
+        q(call.q),
+        P(plan.P),
+        N(call.N),
+        Q(call.Q),
+        K(call.K),
+        ld0(plan.program.buffers[0].R * plan.ld[0]),
+        support_places(plan, N, c.side_by_side),
+        query_places(plan, Q, c.side_by_side),
+        sums(c.group) {
+    const int64_t L = c.side_by_side;
+    frames = K == 0 ? 0 : c.keep ? c.every : plan.side_by_side ? K : 1;
+    weight_sets = c.keep ? (K + c.every - 1) / c.every + 1 : 2;
+    frame = plan.frame_size(N, L);
+    t_frame = plan.side_by_side ? frame : plan.frame_size(std::max(N, Q), 1);
+    const bool dual = c.keep || q.tail == Tail::curvature;
+    // frames first: they must start as zeros, for the padding
+    std::vector<int64_t> sizes = {frames * frame,
+                                  plan.frame_size(Q, L),
+                                  !dual                ? 0
+                                  : plan.side_by_side ? frames * t_frame
+                                                      : t_frame,
+                                  K > 0 ? c.group * N * ld0 : 0,
+                                  c.group * Q * ld0};
+    const std::size_t zeros = sizes.size();
+    for (std::size_t i = 0; i < (plan.factored ? plan.ops.size() : 0); ++i) sizes.push_back(layer_size(i));
+    const std::size_t layers = sizes.size();
+    sizes.insert(sizes.end(), {L * P, L * weight_sets * P, c.keep ? L * (c.every - 1) * P : 0, L * P, L * P, P});
+    int64_t total = 0;
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      total += round_up(sizes[i], 16);
+      if (i + 1 == zeros) clear = total;
+    }
+    arena.emplace(total * sizeof(T));
+    T* at = static_cast<T*>(arena->data());
+    std::size_t i = 0;
+    auto take = [&] { return std::exchange(at, at + round_up(sizes[i++], 16)); };
+    support_frames = take(), query_frame = take(), tangent_frames = take(), x_s = take(), x_q = take();
+    factored.resize(plan.ops.size()), fixed_input.resize(plan.ops.size());
+    for (std::size_t op = 0; op < layers - zeros; ++op) make_layer(op, take());
+    theta_own = take(), stored = take(), segment = take(), v = take(), u = take(), g = take();
+    for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(L);
+    s.first = &first, s.query = &query, s.frame = frame, s.t_frame = t_frame, s.K = K,
+    s.grams = q.grad_lr || q.grad_x_s;
+  }
+
+  int64_t layer_size(std::size_t op) const {
+    const OpPlan& o = plan.ops[op];
+    const int64_t R = plan.program.buffers[o.op.in0].R, L = c.side_by_side;
+    if (o.form == Form::factored) return L * FactoredLayer<T>::size(N * R, Q * R, K);
+    if (o.form == Form::dense) return 0;
+    return FixedInputLayer<T>::size(N * R, Q * R, plan.ld[o.op.out], c.group, L);
+  }
+  void make_layer(std::size_t op, T* memory) {
+    const OpPlan& o = plan.ops[op];
+    const int64_t R = plan.program.buffers[o.op.in0].R;
+    if (o.form == Form::factored) factored[op].emplace(o, c.thetas[op], N * R, Q * R, K, memory);
+    if (o.form == Form::fixed_input)
+      fixed_input[op].emplace(o, c.thetas[op], N * R, Q * R, plan.ld[o.op.out], c.group, c.side_by_side, memory);
+  }
+
+  // the padding of the frames must be zero
+  void prepare() { std::memset(arena->data(), 0, std::exchange(clear, 0) * sizeof(T)); }
+
+  // An op that no parameter precedes has no tangent, and no gradient unless that of x is wanted.
+  template <bool Dual, bool Forward>
+  void run_op_of_all(std::size_t i) {
+    const OpPlan& o = plan.ops[i];
+    if (o.form == Form::factored)
+      Forward ? factored[i]->template forward<Dual>(s) : factored[i]->template backward<Dual>(s);
+    else if (o.form == Form::fixed_input)
+      Forward ? fixed_input[i]->template forward<Dual>(s) : fixed_input[i]->template backward<Dual>(s);
+    else
+      for (const Pass<T>& p : s.tasks) run_op<Dual, Forward>(o, p);
+  }
+  template <bool Dual>
+  void forward() {
+    for (std::size_t i = 0; i < plan.ops.size(); ++i)
+      if (!Dual || plan.ops[i].tangent_out) run_op_of_all<Dual, true>(i);
+  }
+  template <bool Dual>
+  void backward() {
+    for (std::size_t i = plan.ops.size(); i-- > 0;)
+      if (plan.ops[i].tangent_out || s.tasks[0].x_grad) run_op_of_all<Dual, false>(i);
+  }
+
+  // W_k: stored at every `every`-th step, in the current segment else. Without an adjoint two take turns.
+  T* weights(int64_t k, int64_t task) const {
+    if (!c.keep) return stored + (task * weight_sets + (k & 1)) * P;
+    if (k % c.every == 0) return stored + (task * weight_sets + k / c.every) * P;
+    return segment + (task * (c.every - 1) + k % c.every - 1) * P;
+  }
+  const T* weights_at(int64_t k, int64_t task) const {
+    if (k > 0) return weights(k, task);
+    return c.any_own ? theta_own + task * P : c.theta.get();
+  }
+
+  Pass<T> support_pass(int64_t k, int64_t task) const {
+    return {plan,
+            N,
+            support_places.of(task),
+            x_s + (s.offset + task) * N * ld0,
+            carve_frame(plan, support_places, task, support_frames + (frames > 1 ? k % frames : 0) * frame),
+            carve_frame(plan, support_places, task, tangent_frames + (plan.side_by_side ? k * t_frame : 0)),
+            weights_at(k, task)};
+  }
+  Pass<T> query_pass(int64_t task) const {
+    return {plan,
+            Q,
+            query_places.of(task),
+            x_q + (s.offset + task) * Q * ld0,
+            carve_frame(plan, query_places, task, query_frame),
+            carve_frame(plan, query_places, task, tangent_frames),
+            weights_at(K, task)};
+  }
+  // a sweep over the tasks side by side: after k steps on the support set, or on the query set
+  void set_sweep(int64_t k, bool on_query) {
+    const int64_t tasks = count;
+    s.tasks.clear();
+    for (int64_t task = 0; task < tasks; ++task)
+      s.tasks.push_back(on_query ? query_pass(task) : support_pass(k, task));
+    s.k = k, s.on_query = on_query;
+  }
+
+  const T* lr(int64_t k) const { return static_cast<const T*>(q.lr) + k * c.S; }
+
+  void set_step_size(Pass<T>& p, int64_t k) const {
+    p.grad_scale = c.S == 1 ? -lr(k)[0] : T(-1);
+    if (c.element_lr())
+      p.scale_each = c.minus_lr.get() + k * P;
+    else if (c.S != 1)
+      p.scale_each_tensor = lr(k);
+  }
+
+  void inner_step(int64_t k) {
+    set_sweep(k, false);
+    forward<false>();
+    for (int64_t task = 0; task < count; ++task) {
+      Pass<T>& p = s.tasks[task];
+      loss<false>(p, q.support, t + task);
+      p.skip_frozen = true;
+      p.grad_dst = weights(k + 1, task);
+      p.grad_base = p.w;
+      set_step_size(p, k);
+    }
+    backward<false>();
+    for (const Pass<T>& p : s.tasks)
+      for (int64_t i = 0; i < c.n_params(); ++i) {  // what no gradient reaches stays as it is
+        const Slot& slot = plan.slots[i];
+        if (slot.uses == 0 || !plan.program.params[i].adapt)
+          std::memcpy(p.grad_dst + slot.offset, p.w + slot.offset, slot.size() * sizeof(T));
+      }
+  }
+
+  // u = a_k v, 0 for what is frozen
+  void scale_tangent(int64_t k, const T* v, T* u) const {
+    for (int64_t i = 0; i < c.n_params(); ++i) {
+      const Slot& slot = plan.slots[i];
+      const T* each = c.element_lr() ? c.minus_lr.get() + k * P + slot.offset : nullptr;
+      const T a = !plan.program.params[i].adapt ? T(0) : each ? T(-1) : lr(k)[c.S == 1 ? 0 : i];
+      for (int64_t j = 0; j < slot.size(); ++j)
+        u[slot.offset + j] = (each ? a * each[j] : a) * v[slot.offset + j];
+    }
+  }
+
+  // dL/da_k -= v_{k+1} g_k, reduced to the shape of a_k; g is made anew from the kept activations
+  void add_lr_grad(int64_t k, const Sums<T>* sums) {
+    set_sweep(k, false);
+    for (int64_t task = 0; task < count; ++task) {
+      T* const at = sums[task].grad_lr + k * c.lr_size();
+      // every task's g in the same place: their ops in turn
+      Pass<T>& p = s.tasks[task];
+      p.grad_dst = g;
+      p.only_params = p.skip_frozen = true;
+      for (std::size_t i = plan.ops.size(); i-- > 0;) {
+        const OpPlan& o = plan.ops[i];
+        if (!o.tangent_out) continue;
+        const bool adapts = o.op.w >= 0 && plan.program.params[o.op.w].adapt;
+        if (o.form == Form::dense) {
+          run_op<false, false>(o, p);
+        } else {
+          if (p.wants_param_grad(o.op.b)) bias_grad<false>(o, p);
+          const double a = !adapts                       ? 0
+                           : o.form == Form::factored ? factored[i]->lr_grad(k, task, q.first_order)
+                                                      : fixed_input[i]->lr_grad(s, k, task);
+          at[c.S == 1 ? 0 : o.op.w] += T(a);
+        }
+      }
+      subtract_products(v + task * P, at);
+    }
+  }
+  void subtract_products(const T* v, T* at) const {
+    for (int64_t i = 0; i < c.n_params(); ++i) {
+      const Slot& slot = plan.slots[i];
+      if (slot.uses == 0 || !plan.program.params[i].adapt) continue;
+      double total = 0;
+      for (int64_t r = 0; r < slot.rows; ++r) {
+        for (int64_t j = slot.offset + r * slot.ld, end = j + slot.cols; j < end; ++j) {
+          if (c.element_lr())
+            at[j] -= v[j] * g[j];
+          else
+            total += double(v[j]) * double(g[j]);
+        }
+      }
+      if (!c.element_lr()) at[c.S == 1 ? 0 : i] -= T(total);
+    }
+  }
+
+  // v_k, in place; or at the last step to the sums of `grads`, if there are such: true if it was
+  bool adjoint_step(int64_t k, const Sums<T>* sums) {
+    if (q.grad_lr) add_lr_grad(k, sums);
+    if (q.first_order || (k == 0 && !q.grads && !q.grad_x_s)) return false;
+    set_sweep(k, false);
+    const bool to_grads = q.grads && k == 0;
+    for (int64_t task = 0; task < count; ++task) {
+      Pass<T>& p = s.tasks[task];
+      T* const v_t = v + task * P;
+      p.x_grad = q.grad_x_s;
+      p.t_w = p.grad_base = v_t;
+      p.grad_dst = to_grads ? sums[task].grads : v_t;
+      p.grad_add = to_grads && sums[task].add;
+      if (c.scaled) {
+        scale_tangent(k, v_t, u + task * P);
+        p.t_w = u + task * P;
+        p.grad_scale = T(-1);
+      } else {
+        p.grad_scale = -lr(k)[0];
+      }
+    }
+    forward<true>();
+    if (!plan.tangent[plan.program.output]) return false;
+    for (int64_t task = 0; task < count; ++task) loss<true>(s.tasks[task], q.support, t + task);
+    backward<true>();
+    for (int64_t task = 0; task < count; ++task) {
+      const Pass<T>& p = s.tasks[task];
+      for (const Slot& slot : plan.slots)
+        if (to_grads && slot.uses == 0)
+          add_up(p.grad_dst + slot.offset, v + task * P + slot.offset, slot.size(), p.grad_add);
+      if (q.grad_x_s)
+        add_x_grad(p, c.scaled ? T(-1) : p.grad_scale, p.t_grad(0),
+                   static_cast<T*>(q.grad_x_s) + (t + task) * N * x_size());
+    }
+    return to_grads;
+  }
+
+  static void add_up(T* sum, const T* part, int64_t n, bool add) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = add ? sum[i] + part[i] : part[i];
+  }
+
+  int64_t x_size() const { return plan.program.buffers[0].R * plan.program.buffers[0].C; }
+
+  void add_x_grad(const Pass<T>& p, T scale, const T* d, T* out) const {
+    const int64_t C = plan.program.buffers[0].C;
+    for (int64_t r = 0; r < p.rows(0); ++r)
+      for (int64_t i = 0; i < C; ++i) out[r * C + i] += scale * d[r * p.ld(0) + i];
+  }
+
+  void clear_unused(T* at) const {
+    for (const Slot& slot : plan.slots)
+      if (slot.uses == 0) std::memset(at + slot.offset, 0, slot.size() * sizeof(T));
+  }
+
+  // after the inner steps: the outputs of the call, and v_K
+  void tail() {
+    const int64_t b = plan.program.output;
+    const Buffer& out = plan.program.buffers[b];
+    const int64_t out_size = Q * out.R * out.C;
+    if (q.tail == Tail::weights) {
+      for (int64_t task = 0; task < count; ++task) {
+        const int64_t at = (t + task) * plan.program.P;
+        if (q.out) c.slots_to_flat(weights_at(K, task), static_cast<T*>(q.out) + at);
+        if (q.seed) c.flat_to_slots(static_cast<const T*>(q.seed) + at, v + task * P);
+      }
+      return;
+    }
+    set_sweep(K, true);
+    forward<false>();
+    for (int64_t task = 0; task < count; ++task) {
+      const Pass<T>& p = s.tasks[task];
+      const int64_t at = (t + task) * out_size;
+      if (q.tail == Tail::output) {
+        if (q.out) copy_rows(p.rows(b), out.C, p.value(b), p.ld(b), static_cast<T*>(q.out) + at, out.C);
+        if (q.seed)
+          copy_rows(p.rows(b), out.C, static_cast<const T*>(q.seed) + at, out.C, p.grad(b), p.ld(b));
+      } else {
+        const double value = loss<false>(p, q.query, t + task);
+        if (q.loss) static_cast<T*>(q.loss)[t + task] = T(q.scale * value);
+        if (q.total_loss) c.losses[t + task] = q.scale * value;
+      }
+    }
+    if (!c.adjoint && !q.grad_x_q) return;
+    for (int64_t task = 0; task < count; ++task) {
+      Pass<T>& p = s.tasks[task];
+      p.x_grad = q.grad_x_q;
+      p.grad_dst = v + task * P;
+      p.grad_scale = T(q.scale);  // and with it all that comes after, which is linear in v
+      if (q.tail == Tail::curvature)
+        p.grad_scale = q.grad_loss ? static_cast<const T*>(q.grad_loss)[t + task] : T(0);
+      if (plan.factored) {  // the rows of d are part of v: they take the factor, and factored.h's sign
+        for (int64_t i = 0; i < p.rows(b) * p.ld(b); ++i) p.grad(b)[i] *= -p.grad_scale;
+        p.grad_scale = T(-1);
+      }
+      clear_unused(p.grad_dst);
+    }
+    backward<false>();
+    T* const x_out = static_cast<T*>(q.grad_x_q);
+    for (int64_t task = 0; task < count && x_out; ++task)
+      add_x_grad(s.tasks[task], s.tasks[task].grad_scale, s.tasks[task].grad(0), x_out + (t + task) * Q * x_size());
+    if (q.tail != Tail::curvature || !plan.tangent[b]) return;
+    for (int64_t task = 0; task < count; ++task) {
+      Pass<T>& p = s.tasks[task];
+      c.flat_to_slots(static_cast<const T*>(q.seed) + (t + task) * plan.program.P, u + task * P);
+      p.t_w = u + task * P;
+      p.grad_base = v + task * P;
+      p.grad_scale = 1;
+    }
+    forward<true>();
+    for (int64_t task = 0; task < count; ++task) loss<true>(s.tasks[task], q.query, t + task);
+    backward<true>();
+    for (int64_t task = 0; task < count && x_out; ++task)
+      add_x_grad(s.tasks[task], T(1), s.tasks[task].t_grad(0), x_out + (t + task) * Q * x_size());
+  }
+
+  int64_t t = 0, count = 0;  // the tasks of the sweeps now: the first, how many
+
+  // the tasks `begin` to `end`, at most `group` of them; sums: for each
+  void run_group(int64_t begin, int64_t end, const Sums<T>* sums) {
+    const Buffer& x = plan.program.buffers[0];
+    const int64_t tasks = end - begin;
+    if (K > 0)
+      copy_rows(tasks * N * x.R, x.C, static_cast<const T*>(q.support.x) + begin * N * x_size(), x.C, x_s,
+                plan.ld[0]);
+    if (q.tail != Tail::weights)
+      copy_rows(tasks * Q * x.R, x.C, static_cast<const T*>(q.query.x) + begin * Q * x_size(), x.C, x_q,
+                plan.ld[0]);
+    for (auto& layer : fixed_input)
+      if (layer) layer->multiply(tasks, x_s, x_q, plan.ld[0]);
+    for (s.offset = 0; s.offset < tasks; s.offset += c.side_by_side) {
+      t = begin + s.offset, count = std::min(c.side_by_side, tasks - s.offset);
+      run_tasks(sums + s.offset);
+    }
+  }
+
+  void run_tasks(const Sums<T>* sums) {
+    for (int64_t task = 0; task < count && c.any_own; ++task) {
+      T* const own = theta_own + task * P;
+      std::memcpy(own, c.theta.get(), P * sizeof(T));
+      for (std::size_t i = 0; i < q.params.size(); ++i) {
+        const Param& p = plan.program.params[i];
+        if (q.own[i])
+          to_slot(plan.slots[i], static_cast<const T*>(q.params[i]) + (t + task) * p.O * p.I,
+                  own + plan.slots[i].offset);
+      }
+    }
+    if (plan.factored) {
+      first.clear(), query.clear();
+      for (int64_t task = 0; task < count; ++task) {
+        first.push_back(support_pass(0, task)), query.push_back(query_pass(task));
+        for (auto& layer : fixed_input)
+          if (layer) layer->begin(task, first[task].x, query[task].x, plan.ld[0]);
+      }
+    }
+    for (int64_t k = 0; k < K; ++k) inner_step(k);
+    tail();
+    if (!c.adjoint) return;
+    bool added = false;
+    for (int64_t k = K - 1; k >= 0 && c.keep; --k) {
+      if ((k + 1) % c.every == 0 && k + 1 < K)  // a segment whose activations were written over
+        for (int64_t j = k + 1 - c.every; j <= k; ++j) inner_step(j);
+      added = adjoint_step(k, sums);
+    }
+    for (int64_t task = 0; task < count && q.grads && !added; ++task)
+      add_up(sums[task].grads, v + task * P, P, sums[task].add);
+  }
+
+  // add(d, x, rows) for each outer product in the gradient of a factored weight, times -1: of one task of those that
+  // ran last, or of all
+  template <class Add>
+  void outer_products(std::size_t op, int64_t task, int64_t tasks, const Add& add) const {
+    const bool first_order = !c.keep || q.first_order;
+    if (factored[op]) return factored[op]->outer_products(s, task, tasks, first_order, add);
+    const FixedInputLayer<T>& f = *fixed_input[op];
+    const int64_t ldx = plan.ld[0];
+    add(f.query + task * f.q * f.ld, x_q + task * f.q * ldx, tasks * f.q);
+    if (!first_order) add(f.support + task * f.n * f.ld, x_s + task * f.n * ldx, tasks * f.n);
+  }
+};
+
+}  // namespace fastmaml::FASTMAML_ISA
