@@ -46,7 +46,7 @@ class Case:
 
     def data(self, dtype: torch.dtype = torch.float32) -> tuple[Examples, Examples]:
         """Support and query examples from a fixed seed."""
-        make = {"sine": _sine, "mlp": _regression, "omniglot-mlp": _images}[self.name.split("/")[0]]
+        make = {"sine": _sine, "mlp": _regression, "omniglot-mlp": _images, "wide": _images}[self.name.split("/")[0]]
         x, y = make(self, torch.Generator().manual_seed(1))
         x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
         n = self.support
@@ -84,6 +84,7 @@ def _images(case: Case, rng: torch.Generator) -> Examples:
 _SINE = Case("sine/5-steps", "sine", (1, 40, 40, 1), "mse", 25, 10, 10, 5, 0.01)
 _WIDE = Case("mlp/4x256", "sine", (8, 256, 256, 256, 256, 4), "mse", 25, 10, 10, 5, 0.01)
 _PIXELS = (784, 256, 128, 64, 64, 5)
+_BROAD = Case("wide/1024", "wide", (1024, 1024, 1024, 5), "cross_entropy", 32, 5, 75, 5, 0.01)
 _OMNIGLOT = Case("omniglot-mlp/1-step", "omniglot-mlp", _PIXELS, "cross_entropy", 32, 5, 75, 1, 0.1, True)
 
 CASES = (
@@ -93,6 +94,9 @@ CASES = (
     _WIDE,
     _OMNIGLOT,
     replace(_OMNIGLOT, name="omniglot-mlp/5-steps", steps=5),
+    replace(_OMNIGLOT, name="omniglot-mlp/20w5s", widths=(*_PIXELS[:-1], 20), support=100, query=300, steps=5),
+    _BROAD,
+    replace(_BROAD, name="wide/4096", widths=(4096, 4096, 4096, 5)),
 )
 
 

@@ -118,18 +118,18 @@ class Builder {
     for (int64_t i = 0; i < x.dim(); ++i) shape[i] = x.size(i);
     output(outputs, wanted, shape, at);
   }
-  // the ops whose weights stay factors
-  void factor(const std::vector<int64_t>& ops) {
+  // the places of the weights that stay factors
+  void factor(const std::vector<int64_t>& weights) {
     const Program& p = *q.program;
-    for (int64_t i : ops) {
-      STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(p.ops.size()) && p.ops[i].kind == Kind::linear,
-                      "op ", i, " is no linear layer");
-      int64_t uses = 0;
-      for (const Op& o : p.ops) uses += o.w == p.ops[i].w || o.b == p.ops[i].w;
-      STD_TORCH_CHECK(uses == 1 && !q.own[p.ops[i].w] && q.S != p.P, "the weight of op ", i,
-                      " is tied, of one task, or has step sizes per element: it cannot be factored");
+    for (int64_t w : weights) {
+      int64_t uses = 0, at = -1;
+      for (std::size_t i = 0; i < p.ops.size(); ++i)
+        if (p.ops[i].w == w || p.ops[i].b == w) at = i, ++uses;
+      STD_TORCH_CHECK(uses == 1 && p.ops[at].kind == Kind::linear && p.ops[at].w == w && !q.own[w] && q.S != p.P,
+                      "parameter ", w, " cannot be factored: it is not the weight of one linear layer, shared by all "
+                      "tasks, with one step size");
       q.factored.resize(p.ops.size());
-      q.factored[i] = 1;
+      q.factored[at] = 1;
     }
   }
   void split_tasks(bool per_task) { q.per_task = per_task || any_own_; }

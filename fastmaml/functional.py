@@ -28,7 +28,7 @@ from .arguments import (
     step_sizes,
     target,
 )
-from .backends import BACKENDS, Problem, prepare
+from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
 from .losses import CrossEntropy
 
 Params = Mapping[str, Tensor]
@@ -95,25 +95,28 @@ def inner_loop(
 
 def meta_loss(
     model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ) -> Tensor:  # fmt: skip
     """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none".
 
     The gradients are computed along with it, in memory that does not grow with the activations of the steps.
+
+    fast_weights: the form of the linear layers' fast weights, "dense" (a matrix for each task) or "factored" (the
+        rows that make its updates, exact too); a dict weight name -> form; None takes the faster of each layer
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    problem, name, rates, data, ws = _enter_meta(
-        model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every
+    problem, name, rates, data, ws, factored = _enter_meta(
+        model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
     )
     needs = _needs(params=ws, lr=rates, x_s=data[0], x_q=data[3])
-    how = problem, name, chunk_tasks, needs, steps, first_order, checkpoint_every, reduction
+    how = problem, name, chunk_tasks, needs, steps, first_order, checkpoint_every, reduction, factored
     return _MetaLoss.apply(how, rates, *data, *ws)
 
 
 def meta_value_and_grad(
     model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The meta-loss, mean or sum over tasks, and the meta-gradient {name: as params}, without a graph.
 
@@ -123,10 +126,10 @@ def meta_value_and_grad(
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     with torch.no_grad():
-        problem, name, rates, data, ws = _enter_meta(
-            model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every
+        problem, name, rates, data, ws, factored = _enter_meta(
+            model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
         )
-        how = problem, name, chunk_tasks, _PARAMS, steps, first_order, checkpoint_every, reduction
+        how = problem, name, chunk_tasks, _PARAMS, steps, first_order, checkpoint_every, reduction, factored
         value, grads, *_ = _run_meta(how, rates, data, ws)
         views = _parameter_grads(problem.strided[grads.element_size()], grads, ws)
     return value, dict(zip(problem.names, views, strict=True))
@@ -135,8 +138,11 @@ def meta_value_and_grad(
 _PARAMS = frozenset({"params"})
 
 
-def _enter_meta(model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every):
-    """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order."""
+def _enter_meta(
+    model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
+):
+    """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, and the places of
+    the weights that stay factored."""
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
     (x_s, y_s), (x_q, y_q) = support, query
@@ -149,8 +155,9 @@ def _enter_meta(model, params, support, query, loss, lr, steps, backend, chunk_t
                 classes = problem.program.buffers[problem.program.output][-1]
                 check_labels("support y", y_s, classes)
                 check_labels("query y", y_q, classes)
-            data = x_s, y_s, None, x_q, y_q, None
-            return problem, name, step_sizes(problem, lr, steps, x_s), data, list(params.values())
+            rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
+            factored = _factored(model, problem, loss, name, rates, x_s, x_q, ws, fast_weights)
+            return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, factored
     problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
     x_q = check_x("query x", x_q)
     check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
@@ -162,7 +169,18 @@ def _enter_meta(model, params, support, query, loss, lr, steps, backend, chunk_t
     data = x_s, *target(problem, y_s, x_s, "support y"), x_q, *target(problem, y_q, x_q, "query y")
     if seen and tuple(params) == problem.names:
         problem.memo["seen"] = seen
-    return problem, name, step_sizes(problem, lr, steps, x_s), data, ws
+    rates = step_sizes(problem, lr, steps, x_s)
+    factored = _factored(model, problem, loss, name, rates, x_s, x_q, ws, fast_weights)
+    return problem, name, rates, data, ws, factored
+
+
+def _factored(model, problem, loss, name, rates, x_s, x_q, ws, fast_weights) -> tuple[int, ...]:
+    own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
+    sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0]
+    how = name, sizes, own, rates.shape[1], fast_weights
+    if torch.compiler.is_compiling():
+        return factored_weights_of(model, tuple(x_s.shape[2:]), loss, *how)
+    return factored_weights(problem, *how)
 
 
 def _enter(
@@ -280,7 +298,7 @@ class _InnerLoop(Function):
 
 def _run_meta(how, lr, data, ws) -> Sequence[Any]:
     """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
-    problem, name, chunk, needs, steps, first_order, every, reduction = how
+    problem, name, chunk, needs, steps, first_order, every, reduction, factored = how
     per_task = reduction == "none"
     scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
 
@@ -288,7 +306,7 @@ def _run_meta(how, lr, data, ws) -> Sequence[Any]:
         return BACKENDS[name].meta_loss(
             problem, ws, lr, (x_s, (t_s, w_s)), (x_q, (t_q, w_q)),
             steps=steps, first_order=first_order, checkpoint_every=every,
-            per_task=per_task, scale=scale, needs=needs,
+            per_task=per_task, scale=scale, needs=needs, factored=factored,
         )  # fmt: skip
 
     summed = (not per_task, not per_task and not _any_own(problem, ws), not per_task, False, False)

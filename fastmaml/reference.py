@@ -1,7 +1,7 @@
 """What is correct: the public functions in torch.func, task after task, steps unrolled, ordinary autodiff.
 
-Slow on purpose. Arguments are those of `fastmaml.functional`; backend, chunk_tasks, checkpoint_every change
-nothing here. Everything is differentiable any number of times.
+Slow on purpose. Arguments are those of `fastmaml.functional`; backend, chunk_tasks, checkpoint_every and
+fast_weights change nothing here. Everything is differentiable any number of times.
 """
 
 import torch
@@ -42,7 +42,7 @@ def inner_loop(
 
 def meta_loss(
     model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ):  # fmt: skip
     """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none"."""
     value = torch.stack([
@@ -54,7 +54,7 @@ def meta_loss(
 
 def meta_value_and_grad(
     model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ):  # fmt: skip
     """The meta-loss (mean or sum over tasks) and the meta-gradient {name: as params}."""
     how = {"loss": loss, "lr": lr, "steps": steps, "first_order": first_order, "reduction": reduction}

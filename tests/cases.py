@@ -37,10 +37,12 @@ class Case:
     lr: Any
     steps: int
     first_order: bool
+    fast_weights: Any = None
 
     def __repr__(self) -> str:
         sizes = [tuple(x.shape) for x, _ in (self.support, self.query)]
-        return f"Case({self.model}, {sizes}, {self.loss}, steps={self.steps}, first_order={self.first_order})"
+        how = f"steps={self.steps}, first_order={self.first_order}, fast_weights={self.fast_weights}"
+        return f"Case({self.model}, {sizes}, {self.loss}, {how})"
 
     def to(self, dtype: torch.dtype) -> "Case":
         def cast(a: Any) -> Any:
@@ -51,7 +53,8 @@ class Case:
             return {n: cast(b) for n, b in a.items()} if isinstance(a, dict) else a
 
         params, support, query, lr = map(cast, (self.params, self.support, self.query, self.lr))
-        return Case(self.model, params, support, query, self.loss, lr, self.steps, self.first_order)
+        how = self.steps, self.first_order, self.fast_weights
+        return Case(self.model, params, support, query, self.loss, lr, *how)
 
     def leaves(self) -> dict[str, list[Tensor]]:
         """What to differentiate by, in groups that are compared at one scale."""
@@ -117,6 +120,27 @@ def step_sizes(draw, params: dict[str, Tensor], steps: int, scale: float) -> Any
 
 
 @st.composite
+def forms(draw, model: nn.Module, own: bool, lr: Any) -> Any:
+    """What to pass as fast_weights: for all layers, or for each of those that can be factored."""
+    uses = [p for m in model.modules() if isinstance(m, nn.Sequential) for p in _weights(m)]
+    each = [a for row in (lr if isinstance(lr, list) else [lr]) if isinstance(row, dict) for a in row.values()]
+    if own or any(isinstance(a, Tensor) and a.dim() for a in each):
+        return draw(st.sampled_from([None, "dense"]))
+    can = [n for n, p in model.named_parameters() if p.dim() == 2 and sum(p is w for w in uses) == 1]
+    one = draw(st.sampled_from([None, "dense", "factored", "mixed"]))
+    return {n: draw(st.sampled_from(["dense", "factored"])) for n in can} if one == "mixed" else one
+
+
+def _weights(sequential: nn.Sequential) -> list[Tensor]:
+    """Of the linear layers in it, as often as it has them."""
+    found = []
+    for m in sequential:
+        m = m.inner if isinstance(m, Residual) else m
+        found += [m.weight] if isinstance(m, nn.Linear) else []
+    return found
+
+
+@st.composite
 def cases(draw, smooth: bool = False, norms: bool = True, max_width: int = 40) -> Case:
     torch.manual_seed(draw(st.integers(0, 2**16)))
     model, I, O, batch_norm = draw(networks(smooth, norms, max_width))
@@ -148,7 +172,9 @@ def cases(draw, smooth: bool = False, norms: bool = True, max_width: int = 40) -
         next(model.parameters()).requires_grad_(False)
     plain = dict(model.named_parameters())
     lr = draw(step_sizes(plain, steps, draw(st.sampled_from([0.01, 0.1]))))
-    return Case(model, params, tasks(N), tasks(Q), loss, lr, steps, draw(st.booleans()))
+    first_order = draw(st.booleans())
+    fast_weights = draw(forms(model, own, lr))
+    return Case(model, params, tasks(N), tasks(Q), loss, lr, steps, first_order, fast_weights)
 
 
 def gradients(value: Tensor, case: Case) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ SIZES = [
 
 def check() -> None:
     """Meta-gradients against the reference; runs in a process of its own, for each instruction set."""
-    for (widths, N, Q), activation in product(SIZES, [nn.Tanh, nn.LeakyReLU]):
+    for (widths, N, Q), activation, form in product(SIZES, [nn.Tanh, nn.LeakyReLU], ["dense", "factored"]):
         torch.manual_seed(0)
         layers: list[nn.Module] = []
         for i, o in pairwise(widths):
@@ -64,15 +64,15 @@ def check() -> None:
             model.to(dtype)
             params = dict(model.named_parameters())
             data = [(x.to(dtype), y.to(dtype)) for x, y in tasks]
-            how = {"backend": "cpu"} if module is functional else {}
+            how = {"backend": "cpu", "fast_weights": form} if module is functional else {}
             loss = module.meta_loss(model, params, *data, loss="mse", lr=0.05, steps=2, **how)
             grads = torch.autograd.grad(loss, list(params.values()))
             found[name] = torch.cat([loss.detach().view(1), *(g.flatten() for g in grads)]).double()
             model.double()
         off = {name: error(value, found["truth"]) for name, value in found.items()}
-        assert off["ours"] < 1e-12, (widths, off)
+        assert off["ours"] < 1e-12, (widths, form, off)
         if activation is nn.Tanh:  # a sign that flips in float32 says nothing
-            assert off["ours32"] <= 2 * off["theirs32"] + 16 * EPS, (widths, off)
+            assert off["ours32"] <= 2 * off["theirs32"] + 16 * EPS, (widths, form, off)
 
 
 @pytest.mark.parametrize("isa", FLAGS)

@@ -20,6 +20,7 @@ def _arguments(own: bool):
     params = [torch.randn((T, *p.shape) if own else p.shape) for p in model.parameters()]
     s, q = ((torch.randn(T, n, 6), torch.randn(T, n, 2), None) for n in (N, Q))
     v, lr = torch.randn(T, problem.layout(4)[1]), torch.full((K, 1), 0.1)
+    factored = [] if own else [0, 4]  # the weights of the linear layers
     return {
         "apply": (params, s[0], program),
         "apply_backward": (params, s[0], torch.randn(T, N, 2), program, True, True),
@@ -27,7 +28,7 @@ def _arguments(own: bool):
         "value_and_grad_backward": (params, *s, torch.randn(T), v, program, False, True, True),
         "inner_loop": (params, lr, *s, program, K),
         "inner_loop_backward": (params, lr, *s, v, program, K, False, 0, True, True, True),
-        "meta_loss": (params, lr, *s, *q, program, K, False, 1, False, 0.5, True, True, True, False),
+        "meta_loss": (params, lr, *s, *q, program, factored, K, False, 1, False, 0.5, True, True, True, False),
     }
 
 

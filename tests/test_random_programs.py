@@ -31,6 +31,7 @@ def meta_loss(f, c: Case, **how) -> Tensor:
         lr=c.lr,
         steps=c.steps,
         first_order=c.first_order,
+        fast_weights=c.fast_weights,
         **how,
     )
 

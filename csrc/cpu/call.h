@@ -42,6 +42,34 @@ void from_slot(const Slot& s, const T* from, T* to) {
     copy_rows(s.rows, s.cols, from, s.ld, to, s.cols);
 }
 
+// How the tasks are divided: into rounds, of which one is in memory, these into sets, whose gradients have a sum of
+// their own, and for the threads into groups of whole sets. All but the groups, and so every result, is the same for
+// any number of threads.
+struct Partition {
+  int64_t T = 0, rounds = 1, sets = 1, groups = 1;  // sets and groups of a round
+
+  Partition() = default;
+  // both: numbers in a sum, 0 for none; threads: 0 for a group to each set
+  Partition(int64_t T, int64_t at_once, int64_t both, int64_t threads) : T(T) {
+    rounds = (T + at_once - 1) / at_once;
+    sets = T / rounds;
+    if (both > 0) sets = std::min(sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, 64));
+    groups = threads > 0 ? std::min(sets, threads) : sets;
+  }
+  // the first task of a set, and the first set of a group
+  int64_t task(int64_t round, int64_t set) const {
+    const int64_t begin = T * round / rounds, end = T * (round + 1) / rounds;
+    return begin + (end - begin) * set / sets;
+  }
+  int64_t set(int64_t group) const { return sets * group / groups; }
+  int64_t largest_group() const {
+    int64_t most = 1;
+    for (int64_t r = 0; r < rounds; ++r)
+      for (int64_t j = 0; j < groups; ++j) most = std::max(most, task(r, set(j + 1)) - task(r, set(j)));
+    return most;
+  }
+};
+
 // What all tasks of a call share.
 template <class T>
 struct Call {
@@ -51,7 +79,8 @@ struct Call {
   bool adjoint, keep;         // is there a sweep back; are the steps' activations and weights kept for it
   bool scaled;  // is the tangent a_k v a copy, because a_k is not one number or v changes while it is read
   bool any_own = false;
-  int64_t group = 1, side_by_side = 1;  // tasks that share a product with theta; of them, in one sweep
+  Partition parts;
+  int64_t group = 1, side_by_side = 1;  // most tasks that share a product with theta; of them, in one sweep
   std::unique_ptr<T[]> theta;        // in slots, where shared by the tasks
   std::unique_ptr<T[]> minus_lr;     // [K, P] in slots: -a, where it has a number for each element
   std::unique_ptr<double[]> losses;  // [T], where their sum is wanted
@@ -81,6 +110,10 @@ struct Call {
       if (!q.own[i])
         to_slot(plan.slots[i], static_cast<const T*>(q.params[i]), theta.get() + plan.slots[i].offset);
     if (plan.factored) factor();
+    const int64_t both = (q.grads ? plan.P : 0) + (q.grad_lr ? K * lr_size() : 0);
+    parts = Partition(q.T, plan.factored ? tasks_at_once() : q.T, q.per_task ? 0 : both, plan.factored ? q.threads : 0);
+    if (plan.factored) group = parts.largest_group();
+    if (plan.side_by_side) side_by_side = group;
     if (element_lr()) {
       minus_lr.reset(new T[K * plan.P]());
       for (int64_t k = 0; k < K; ++k)
@@ -89,7 +122,7 @@ struct Call {
     }
   }
 
-  // theta for products with the rows of many tasks, and how many these are
+  // theta for products with the rows of many tasks
   void factor() {
     struct Panel {
       Packed<T> to;
@@ -131,12 +164,14 @@ struct Call {
       const Panel& p = panels[i];
       p.to.fill(p.c, p.width, p.from, p.row, p.step);
     });
-    // Enough rows that reading theta costs less than multiplying with it (measured), and equal groups.
-    const int64_t enough = (96 + N - 1) / std::max<int64_t>(N, 1), share = (q.T + q.threads - 1) / q.threads;
-    group = std::clamp<int64_t>(enough, 1, share);
-    const int64_t rounds = (q.T + group * q.threads - 1) / (group * q.threads);
-    group = (q.T + rounds * q.threads - 1) / (rounds * q.threads);
-    side_by_side = plan.side_by_side ? group : 1;
+  }
+
+  // Tasks whose rows are in memory: enough that many threads have enough rows each for a product with theta, and no
+  // more than some 256 MiB hold.
+  int64_t tasks_at_once() const {
+    const int64_t steps = plan.side_by_side ? K : 1, rows = 768 / std::max<int64_t>(N, 1) + 1;
+    const int64_t each = 4 * steps * N * plan.per_example + 2 * Q * plan.per_example + 1;
+    return std::clamp<int64_t>(std::min<int64_t>(rows, (int64_t(256) << 20) / (each * sizeof(T))), 1, q.T);
   }
 
   int64_t n_params() const { return plan.slots.size(); }

@@ -40,12 +40,38 @@ struct Packed {
           panel[k * width + j] = j < some ? from[k * row + (c + j) * step] : T(0);
   }
 
-  // C = e(A this) for A [M, K]
+  // C = e(A this) for A [M, K]. A block of A that fits in L2 meets every panel; a piece of a panel that fits in L1
+  // meets all rows of the block before the next.
   void times(int64_t M, const T* a, int64_t lda, T* C, int64_t ldc, const Activate<T>& e) const {
-    column_panels<T>(columns, [&](auto vectors, int64_t c) {
-      const Factors<T> f{a, lda, 1, data + K * c - c, vectors * lanes<T>, K};
-      nn_panel<T, nn_rows<vectors>, vectors, 1>(M, &f, 1, c, C, ldc, e);
-    });
+    const int64_t deep = (K + 1023) / 1024, fit = std::max<int64_t>((768 << 10) * deep / (K * sizeof(T)), 1),
+                  high = (M + fit - 1) / fit;
+    for (int64_t i = 0; i < deep; ++i) {
+      const int64_t k = K * i / deep, k_end = K * (i + 1) / deep;
+      for (int64_t j = 0; j < high; ++j) {
+        const int64_t m = M * j / high, rows = M * (j + 1) / high - m;
+        Activate<T> end = e;
+        if (e.mask) end.mask += m * e.ld_mask;
+        column_panels<T>(columns, [&](auto vectors, int64_t c) {
+          panel<vectors>(rows, k, k_end, a + m * lda, lda, c, C + m * ldc, ldc, end);
+        });
+      }
+    }
+  }
+
+ private:
+  template <int vectors>
+  void panel(int64_t M, int64_t k_begin, int64_t k_end, const T* a, int64_t lda, int64_t c, T* C, int64_t ldc,
+             const Activate<T>& e) const {
+    constexpr int64_t width = vectors * lanes<T>, most = (32 << 10) / (width * sizeof(T));
+    const int64_t deep = k_end - k_begin, pieces = (deep + most - 1) / most;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t k = k_begin + deep * i / pieces, end = k_begin + deep * (i + 1) / pieces;
+      Activate<T> part = e;
+      if (k > 0) part.bias = nullptr, part.add = true;
+      if (end < K) part.act = false, part.mask = nullptr;
+      const Factors<T> f{a + k, lda, 1, data + K * c + k * width - c, width, end - k};
+      nn_panel<T, nn_rows<vectors>, vectors, 1>(M, &f, 1, c, C, ldc, part);
+    }
   }
 };
 
@@ -57,6 +83,13 @@ struct Theta {
 
 // The two factors of a layer's gradient d^T x.
 enum class Side { x, d };
+
+// d^T x
+template <class T>
+struct OuterProduct {
+  const T *d, *x;
+  int64_t rows;
+};
 
 // A sweep over the tasks side by side, and where the rows of the others are.
 template <class T>
@@ -222,15 +255,14 @@ struct FactoredLayer {
     return scale * total;
   }
 
-  // d and x of every outer product in -v_0, a row or more each; of one task, or of all
-  template <class Add>
-  void outer_products(const Sweep<T>& s, int64_t g, int64_t tasks, bool first_order, const Add& add) const {
-    add(rows_of((*s.query)[g], Side::d, false), rows_of((*s.query)[g], Side::x, false), tasks * q);
-    for (int64_t j = 0; j < K && !first_order; ++j) {
-      add(rows_of_step(s, j, g, Side::d, true), rows_of_step(s, j, g, Side::x, false), tasks * n);
-      if (o.tangent_in0)
-        add(rows_of_step(s, j, g, Side::d, false), rows_of_step(s, j, g, Side::x, true), tasks * n);
-    }
+  // The outer products in -v_0: that of the query set, then each step's.
+  int64_t outer_products(bool first_order) const { return first_order ? 1 : 1 + K * (o.tangent_in0 ? 2 : 1); }
+  OuterProduct<T> outer_product(const Sweep<T>& s, int64_t kind, int64_t task, int64_t tasks) const {
+    const Pass<T>& query = (*s.query)[task];
+    if (kind == 0) return {rows_of(query, Side::d, false), rows_of(query, Side::x, false), tasks * q};
+    const int64_t j = (kind - 1) % K;
+    const bool second = kind > K;
+    return {rows_of_step(s, j, task, Side::d, !second), rows_of_step(s, j, task, Side::x, second), tasks * n};
   }
 };
 
@@ -287,7 +319,7 @@ struct FixedInputLayer {
         T* const y = p.out(op.out);
         std::memcpy(y, (s.on_query ? query : support) + (s.offset + g) * rows * ld, rows * ld * sizeof(T));
         const Factors<T> f{(s.on_query ? query_gram : gram) + g * rows * ld_gram, ld_gram, 1, e + g * n * ld, ld, n};
-        nn<T, 0>(rows, ld, &f, y, ld, end, s.k > 0);
+        nn<T, 0>(rows, theta.forward.columns, &f, y, ld, end, s.k > 0);
       }
     }
   }
@@ -317,7 +349,7 @@ struct FixedInputLayer {
     for (int64_t i = 0; i < q * ld_gram; ++i) scaled[n * ld_gram + i] = scale * query_gram[g * q * ld_gram + i];
     const Factors<T> f[2] = {{scaled, ld_gram, 1, support + (s.offset + g) * n * ld, ld, n},
                              {scaled + n * ld_gram, 1, ld_gram, query + (s.offset + g) * q * ld, ld, q}};
-    nn<T, 2>(n, ld, f, y, ld, end);
+    nn<T, 2>(n, theta.forward.columns, f, y, ld, end);
   }
 
   // -<v_{k+1}, g_k> with g_k = d_k^T x_s
@@ -325,7 +357,8 @@ struct FixedInputLayer {
     along(s, g, T(1), scratch, Activate<T>{});
     const T* const d = (*s.first)[g].grad(o.op.out) + k * s.frame;
     double total = 0;
-    for (int64_t i = 0; i < n * ld; ++i) total += double(d[i]) * double(scratch[i]);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t i = r * ld; i < r * ld + theta.forward.columns; ++i) total += double(d[i]) * double(scratch[i]);
     return total;
   }
 };

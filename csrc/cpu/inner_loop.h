@@ -7,65 +7,66 @@ namespace fastmaml::FASTMAML_ISA {
 // The gradient of a factored layer's theta [O, I]: minus the sum of its outer products d^T x.
 template <class T>
 struct OuterProducts {
-  static constexpr int64_t most = 256;  // rows at a time, so that the panel of x stays in cache
+  // The block of it that is made at once, and how many rows of d and x are multiplied before the next: d's part is
+  // packed, x's stays in L2 while the block's rows go over it, and is read again for as few blocks as can be.
+  static constexpr int64_t rows = 96, columns = 512, most = 256;
 
   int64_t I;
   std::vector<Factors<T>> products = {};
   std::vector<int64_t> ends = {};  // of the products done at once
+  int64_t filled = 0;
 
-  void add(const T* d, int64_t ldd, const T* x, int64_t ldx, int64_t rows) {
-    for (int64_t r = 0; r < rows;) {
-      const int64_t some = std::min(rows - r, most - filled);
+  void add(const T* d, int64_t ldd, const T* x, int64_t ldx, int64_t n) {
+    for (int64_t r = 0; r < n;) {
+      const int64_t some = std::min(n - r, most - filled);
       products.push_back({d + r * ldd, 1, ldd, x + r * ldx, ldx, some});
       r += some, filled += some;
       if (filled == most) close();
     }
   }
   void close() {
-    if (ends.empty() ? !products.empty() : ends.back() < static_cast<int64_t>(products.size()))
-      ends.push_back(products.size());
+    if ((ends.empty() ? 0 : ends.back()) < static_cast<int64_t>(products.size())) ends.push_back(products.size());
     filled = 0;
   }
 
-  static constexpr int64_t rows = 32, widest = 4 * lanes<T>;  // of a block of the gradient
+  static constexpr int64_t scratch_size = rows * columns + most * rows;
 
-  // `some` rows of it from row o on, at most `rows`
-  void write(int64_t o, int64_t some, T* out, bool add) const {
-    alignas(64) T sum[rows * widest];
-    column_panels<T>(I, [&](auto vectors, int64_t c) {
-      const int64_t width = vectors * lanes<T>;
-      Factors<T> f[most + 1];
-      int64_t begin = 0;
-      for (std::size_t i = 0; i < ends.size(); ++i) {
-        for (int64_t j = begin; j < ends[i]; ++j) f[j - begin] = products[j], f[j - begin].a += o;
-        const Update<T> e{i == 0 ? nullptr : sum - c, T(1), nullptr};
-        nn_panel<T, nn_rows<vectors>, vectors, 0>(some, f, ends[i] - begin, c, sum - c, width, e);
-        begin = ends[i];
+  // its `o_size` rows from o on and `i_size` columns from i on
+  void write(int64_t o, int64_t o_size, int64_t i, int64_t i_size, T* out, bool add, T* scratch) const {
+    T *const sum = scratch, *const packed = scratch + rows * columns;
+    Factors<T> f[most];
+    int64_t begin = 0;
+    for (const int64_t end : ends) {
+      T* at = packed;
+      for (int64_t j = begin; j < end; ++j) {
+        const Factors<T>& p = products[j];
+        f[j - begin] = {at, 1, rows, p.b + i, p.ldb, p.K};
+        for (int64_t r = 0; r < p.K; ++r, at += rows) std::memcpy(at, p.a + r * p.a_col + o, o_size * sizeof(T));
       }
-      for (int64_t r = 0; r < some; ++r)
-        for (int64_t j = 0; j < std::min(width, I - c); ++j) {
-          T& to = out[(o + r) * I + c + j];
-          const T part = ends.empty() ? T(0) : sum[r * width + j];
-          to = add ? to - part : -part;
-        }
-    });
+      nn<T, 0>(o_size, i_size, f, sum, columns, Update<T>{begin == 0 ? nullptr : sum, T(1), nullptr}, end - begin);
+      begin = end;
+    }
+    for (int64_t r = 0; r < o_size; ++r) {
+      T* const to = out + (o + r) * I + i;
+      for (int64_t c = 0; c < i_size; ++c) {
+        const T part = ends.empty() ? T(0) : sum[r * columns + c];
+        to[c] = add ? to[c] - part : -part;
+      }
+    }
   }
-
-  int64_t filled = 0;
 };
 
-// Tasks are run in groups, each with sums of its own. Of a dense program the groups, and so the result, do not depend
-// on the number of threads; of a factored one a group is what a thread has of a round.
 template <class T>
 struct Run {
+  using Products = OuterProducts<T>;
+
   const Request& q;
   const Call<T> c{q};
+  const Partition& parts = c.parts;
   const int64_t P = q.grads ? c.plan.P : 0, L = q.grad_lr ? c.K * c.lr_size() : 0, both = P + L;
   const bool sum_tasks = !q.per_task && both > 0;
-  const int64_t groups = c.plan.factored ? (q.T + c.group - 1) / c.group
-                         : sum_tasks ? std::min(q.T, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, 64))
-                                     : q.T;
-  const Arena memory{(sum_tasks ? groups : std::min<int64_t>(q.threads, groups) * c.group) * both * sizeof(T)};
+  const int64_t at_once = std::min<int64_t>(q.threads, parts.groups);
+  const Arena memory{(sum_tasks ? parts.sets : at_once * c.group) * both * sizeof(T)};
   T* const sums = static_cast<T*>(memory.data());
   std::vector<std::unique_ptr<Worker<T>>> workers = {};
 
@@ -74,81 +75,86 @@ struct Run {
     if (L) c.write_lr_grad(sum + P, static_cast<T*>(q.grad_lr) + t * c.K * c.S);
   }
 
-  // group j in the memory of a worker
-  void run_group(int64_t j, int64_t worker) {
+  void run_group(int64_t round, int64_t group, int64_t worker) {
     Worker<T>& w = *workers[worker];
     w.prepare();
-    T* const sum = sums + (sum_tasks ? j : worker * c.group) * both;
-    std::vector<Sums<T>>& places = w.sums;
-    const int64_t begin = q.T * j / groups, end = q.T * (j + 1) / groups, sets = sum_tasks ? 1 : c.group;
-    for (int64_t i = 0; i < sets; ++i) std::fill(sum + i * both + P, sum + (i + 1) * both, T(0));
-    for (int64_t t = begin; t < end;) {
-      const int64_t some = std::min(c.group, end - t);
+    const int64_t first = parts.task(round, parts.set(group)), last = parts.task(round, parts.set(group + 1));
+    T* const own = sums + worker * c.group * both;  // the sum of each task alone
+    for (int64_t set = parts.set(group), t = first; t < last;) {
+      const int64_t some = std::min(c.group, last - t);
       for (int64_t i = 0; i < some; ++i) {
-        T* const to = sum + (sum_tasks ? 0 : i) * both;
-        places[i] = {P ? to : nullptr, L ? to + P : nullptr, sum_tasks && t + i > begin};
+        while (t + i >= parts.task(round, set + 1)) ++set;
+        T* const sum = sum_tasks ? sums + set * both : own + i * both;
+        const bool add = sum_tasks && (round > 0 || t + i > parts.task(round, set));
+        if (!add) std::fill(sum + P, sum + both, T(0));
+        w.sums[i] = {P ? sum : nullptr, L ? sum + P : nullptr, add};
       }
-      w.run_group(t, t + some, places.data());
-      for (int64_t i = 0; i < some && q.per_task; ++i) write(sum + i * both, t + i);
+      w.run_group(t, t + some, w.sums.data());
+      for (int64_t i = 0; i < some && q.per_task; ++i) write(own + i * both, t + i);
       t += some;
     }
   }
 
-  // the gradients of the factored layers, from the groups `first` to `last` that the workers have run
-  void write_factored(int64_t first, int64_t last) {
+  // the gradients of the factored layers, from what the workers have run in a round
+  void write_factored(int64_t round) {
     struct Item {
-      const OuterProducts<T>* of;
-      int64_t o, rows;
+      const Products* of;
+      int64_t o, o_size, i, i_size;
       T* out;
       bool add;
     };
-    std::vector<std::unique_ptr<OuterProducts<T>>> all;
+    std::vector<std::unique_ptr<Products>> all;
     std::vector<Item> items;
-    for (std::size_t i = 0; i < c.plan.ops.size(); ++i) {
-      const OpPlan& o = c.plan.ops[i];
+    for (std::size_t op = 0; op < c.plan.ops.size(); ++op) {
+      const OpPlan& o = c.plan.ops[op];
       if (o.form == Form::dense) continue;
       const Param& p = c.plan.program.params[o.op.w];
-      const int64_t ldd = c.plan.ld[o.op.out], ldx = c.plan.ld[o.op.in0];
-      auto collect = [&](int64_t group, int64_t task, int64_t tasks) {
-        workers[group - first]->outer_products(i, task, tasks, [&](const T* d, const T* x, int64_t rows) {
-          all.back()->add(d, ldd, x, ldx, rows);
-        });
-      };
       auto finish = [&](int64_t row, bool add) {
         all.back()->close();
         T* const out = static_cast<T*>(q.grads) + row * c.plan.program.P + p.offset;
-        for (int64_t at = 0; at < p.O; at += OuterProducts<T>::rows)
-          items.push_back({all.back().get(), at, std::min(OuterProducts<T>::rows, p.O - at), out, add});
+        for (int64_t o = 0; o < p.O; o += Products::rows)
+          for (int64_t i = 0; i < p.I; i += Products::columns)
+            items.push_back({all.back().get(), o, std::min(Products::rows, p.O - o), i,
+                             std::min(Products::columns, p.I - i), out, add});
       };
-      if (q.per_task) {
-        for (int64_t j = first; j < last; ++j)
-          for (int64_t t = q.T * j / groups; t < q.T * (j + 1) / groups; ++t) {
-            all.emplace_back(new OuterProducts<T>{p.I});
-            collect(j, t - q.T * j / groups, 1);
-            finish(t, false);
-          }
-      } else {
-        all.emplace_back(new OuterProducts<T>{p.I});
-        for (int64_t j = first; j < last; ++j) collect(j, 0, q.T * (j + 1) / groups - q.T * j / groups);
-        finish(0, first > 0);
-      }
+      auto collect = [&](int64_t group, int64_t task, int64_t tasks, int64_t kind) {
+        const OuterProduct<T> of = workers[group]->outer_product(op, kind, task, tasks);
+        all.back()->add(of.d, c.plan.ld[o.op.out], of.x, c.plan.ld[o.op.in0], of.rows);
+      };
+      const int64_t kinds = workers[0]->outer_products(op);
+      if (!q.per_task) all.emplace_back(new Products{p.I});
+      for (int64_t kind = 0; kind < kinds && !q.per_task; ++kind)  // in an order that no grouping changes
+        for (int64_t j = 0; j < parts.groups; ++j) collect(j, 0, tasks_of(round, j), kind);
+      if (!q.per_task) finish(0, round > 0);
+      for (int64_t j = 0; j < parts.groups && q.per_task; ++j)
+        for (int64_t task = 0; task < tasks_of(round, j); ++task) {
+          all.emplace_back(new Products{p.I});
+          for (int64_t kind = 0; kind < kinds; ++kind) collect(j, task, 1, kind);
+          finish(parts.task(round, parts.set(j)) + task, false);
+        }
     }
-    parallel(items.size(), q.threads, [&](int64_t i, int) {
-      items[i].of->write(items[i].o, items[i].rows, items[i].out, items[i].add);
+    const Arena scratch(q.threads * Products::scratch_size * sizeof(T));
+    parallel(items.size(), q.threads, [&](int64_t j, int worker) {
+      const Item& item = items[j];
+      item.of->write(item.o, item.o_size, item.i, item.i_size, item.out, item.add,
+                     static_cast<T*>(scratch.data()) + worker * Products::scratch_size);
     });
+  }
+  int64_t tasks_of(int64_t round, int64_t group) const {
+    return parts.task(round, parts.set(group + 1)) - parts.task(round, parts.set(group));
   }
 
   void run() {
     const int64_t x_size = c.plan.program.buffers[0].R * c.plan.program.buffers[0].C;
     if (q.grad_x_s) std::memset(q.grad_x_s, 0, q.T * c.N * x_size * sizeof(T));
     if (q.grad_x_q) std::memset(q.grad_x_q, 0, q.T * c.Q * x_size * sizeof(T));
-    const int64_t at_once = std::min<int64_t>(q.threads, groups);
     for (int64_t i = 0; i < at_once; ++i) workers.emplace_back(new Worker<T>(c));
-    if (!c.plan.factored) parallel(groups, q.threads, [&](int64_t j, int worker) { run_group(j, worker); });
-    for (int64_t first = 0; c.plan.factored && first < groups; first += at_once) {
-      const int64_t last = std::min(first + at_once, groups);
-      parallel(last - first, q.threads, [&](int64_t j, int) { run_group(first + j, j); });
-      if (q.grads) write_factored(first, last);
+    for (int64_t round = 0; round < parts.rounds; ++round) {
+      // what a worker has of a factored layer must last until it is written
+      parallel(parts.groups, q.threads, [&](int64_t j, int worker) {
+        run_group(round, j, c.plan.factored ? j : worker);
+      });
+      if (c.plan.factored && q.grads) write_factored(round);
     }
     if (q.total_loss) {
       double total = 0;
@@ -156,11 +162,11 @@ struct Run {
       *static_cast<T*>(q.total_loss) = T(total);
     }
     if (!sum_tasks) return;
-    // where nets are wide the sum over groups is too long for one thread
+    // where nets are wide the sum over sets is too long for one thread
     const int64_t slice = int64_t(1) << 14;
     parallel((both + slice - 1) / slice, q.threads, [&](int64_t part, int) {
       const int64_t end = std::min((part + 1) * slice, both);
-      for (int64_t j = 1; j < groups; ++j)
+      for (int64_t j = 1; j < parts.sets; ++j)
         for (int64_t i = part * slice; i < end; ++i) sums[i] += sums[j * both + i];
     });
     write(sums, 0);

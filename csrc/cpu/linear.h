@@ -58,7 +58,8 @@ const T* rows_from(const T* w, const Slot& s, int64_t row) {
 template <bool Dual, class T>
 void bias_grad(const OpPlan& o, const Pass<T>& p) {
   const T* const d = Dual ? p.t_grad(o.op.out) : p.grad(o.op.out);
-  column_sum<T, 1>(p.rows(o.op.out), p.ld(o.op.out), {{d, nullptr}}, p.param_grad(o.op.b, o.first_b));
+  column_sum<T, 1>(p.rows(o.op.out), p.width(o.op.out), p.ld(o.op.out), {{d, nullptr}},
+                   p.param_grad(o.op.b, o.first_b));
 }
 
 template <bool Dual, class T>

@@ -37,9 +37,9 @@ FASTMAML_INLINE Vec<T> trim(Vec<T> v, int64_t i, const Groups& g) {
 template <bool Across, class T>
 Groups groups_of(const OpPlan& o, const Pass<T>& p) {
   const int64_t rows = p.rows(o.op.in0), ld = p.ld(o.op.in0), C = p.plan.program.buffers[o.op.in0].C,
-                W = lanes<T>;
-  if (Across) return {rows, ld, ld / W, W, C, 0, W, C - (ld - W), C};
-  return {ld / W, W, rows, ld, rows, W, 0, 0, C};
+                W = lanes<T>, width = p.width(o.op.in0);
+  if (Across) return {rows, ld, width / W, W, C, 0, W, C - (width - W), C};
+  return {width / W, W, rows, ld, rows, W, 0, 0, C};
 }
 
 template <bool Across, class T>
@@ -126,7 +126,7 @@ void norm_backward(const OpPlan& o, const Pass<T>& p) {
   const Op& op = o.op;
   const Groups g = groups_of<Across>(o, p);
   const NormSaved<Across, T> keep(o, p, p.primal);
-  const int64_t rows = p.rows(op.in0), ld = p.ld(op.in0);
+  const int64_t rows = p.rows(op.in0), ld = p.ld(op.in0), width = p.width(op.in0);
   const T* w = p.param(op.w);
   const T* dy = p.grad(op.out);
   T* dz = p.grad(op.in0);
@@ -149,8 +149,8 @@ void norm_backward(const OpPlan& o, const Pass<T>& p) {
         store(dz + e, o.first_in0 ? v : load(dz + e) + v);
       }
     }
-    if (p.wants_param_grad(op.w)) column_sum<T, 1>(rows, ld, {{dy, keep.h}}, p.param_grad(op.w, o.first_w));
-    if (p.wants_param_grad(op.b)) column_sum<T, 1>(rows, ld, {{dy, nullptr}}, p.param_grad(op.b, o.first_b));
+    if (p.wants_param_grad(op.w)) column_sum<T, 1>(rows, width, ld, {{dy, keep.h}}, p.param_grad(op.w, o.first_w));
+    if (p.wants_param_grad(op.b)) column_sum<T, 1>(rows, width, ld, {{dy, nullptr}}, p.param_grad(op.b, o.first_b));
   } else {
     const NormSaved<Across, T> t_keep(o, p, p.tangent);
     const T* t_w = p.t_param(op.w);
@@ -182,9 +182,9 @@ void norm_backward(const OpPlan& o, const Pass<T>& p) {
       }
     }
     if (p.wants_param_grad(op.w))
-      column_sum<T, 2>(rows, ld, {{t_dy, keep.h}, {dy, t_keep.h}}, p.param_grad(op.w, o.first_w));
+      column_sum<T, 2>(rows, width, ld, {{t_dy, keep.h}, {dy, t_keep.h}}, p.param_grad(op.w, o.first_w));
     if (p.wants_param_grad(op.b))
-      column_sum<T, 1>(rows, ld, {{t_dy, nullptr}}, p.param_grad(op.b, o.first_b));
+      column_sum<T, 1>(rows, width, ld, {{t_dy, nullptr}}, p.param_grad(op.b, o.first_b));
   }
 }
 

@@ -56,6 +56,7 @@ struct Pass {
   bool only_params = false;  // the gradients of the buffers are there from an earlier pass
 
   int64_t ld(int64_t b) const { return plan.ld[b]; }
+  int64_t width(int64_t b) const { return round_up(plan.program.buffers[b].C, lanes<T>); }
   int64_t rows(int64_t b) const { return n * plan.program.buffers[b].R; }
   const T* value(int64_t b) const { return b == 0 ? x : primal.value + at[b]; }
   T* out(int64_t b) const { return primal.value + at[b]; }
@@ -111,8 +112,9 @@ FASTMAML_INLINE void column_sums(int64_t rows, int64_t ld, int64_t c, const Colu
   g.update().template finish<NV>(acc, 0, c, g.dst, 0);
 }
 template <class T, int NP>
-void column_sum(int64_t rows, int64_t ld, const ColumnTerm<T> (&terms)[NP], const ParamGrad<T>& g) {
-  column_panels<T>(ld, [&](auto vectors, int64_t c) { column_sums<T, vectors>(rows, ld, c, terms, g); });
+void column_sum(int64_t rows, int64_t columns, int64_t ld, const ColumnTerm<T> (&terms)[NP],
+                const ParamGrad<T>& g) {
+  column_panels<T>(columns, [&](auto vectors, int64_t c) { column_sums<T, vectors>(rows, ld, c, terms, g); });
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

@@ -9,10 +9,15 @@ namespace fastmaml {
 
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
+// The distance of rows of `width` numbers. Where it is a multiple of a large power of two they would share a few
+// sets of the cache: such lie a line further apart.
+inline int64_t apart(int64_t width, int64_t power, int64_t line) {
+  return width % power == 0 ? width + line : width;
+}
+
 // A parameter inside the kernels: rows of `cols` numbers, zeros up to `width`, a whole number of vectors, and
 // `ld` from row to row. A matrix lies as [I, O] (`wide`) or as [O, I], whichever pads less, so that a layer
-// with one output does not compute a whole vector. Rows whose distance is a multiple of 512 bytes would share
-// a few sets of the cache: they lie a line further apart.
+// with one output does not compute a whole vector.
 struct Slot {
   int64_t rows, cols, width, ld, offset;
   bool wide;
@@ -37,7 +42,7 @@ struct OpPlan {
 struct Plan {
   Program program;
   int64_t lanes;                // of a vector register
-  std::vector<int64_t> ld;      // padded columns of a buffer
+  std::vector<int64_t> ld;      // from row to row of a buffer
   std::vector<int64_t> before;  // padded floats per example of the buffers before this one
   std::vector<char> tangent;    // per buffer
   std::vector<Slot> slots;
@@ -77,7 +82,7 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line, const std::v
   for (std::size_t i = 0; i < factored.size(); ++i)
     if (factored[i]) no_matrix[program.ops[i].w] = 1;
   for (const Buffer& b : program.buffers) {
-    plan.ld.push_back(round_up(b.C, lanes));
+    plan.ld.push_back(apart(round_up(b.C, lanes), 8 * 2 * line, line));
     plan.before.push_back(plan.per_example);
     plan.per_example += b.R * plan.ld.back();
   }
@@ -89,7 +94,7 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line, const std::v
       s.cols = s.wide ? p.O : p.I;
     }
     s.width = round_up(s.cols, lanes);
-    s.ld = s.rows > 1 && s.width % (8 * line) == 0 ? s.width + line : s.width;
+    s.ld = s.rows > 1 ? apart(s.width, 8 * line, line) : s.width;
     s.offset = plan.P;
     plan.P += round_up(s.size(), 16);
     plan.slots.push_back(s);

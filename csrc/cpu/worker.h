@@ -408,16 +408,16 @@ struct Worker {
       add_up(sums[task].grads, v + task * P, P, sums[task].add);
   }
 
-  // add(d, x, rows) for each outer product in the gradient of a factored weight, times -1: of one task of those that
-  // ran last, or of all
-  template <class Add>
-  void outer_products(std::size_t op, int64_t task, int64_t tasks, const Add& add) const {
+  // How many there are in the gradient of a factored weight, and one of them times -1: of `tasks` tasks from `task` on.
+  int64_t outer_products(std::size_t op) const {
     const bool first_order = !c.keep || q.first_order;
-    if (factored[op]) return factored[op]->outer_products(s, task, tasks, first_order, add);
+    return factored[op] ? factored[op]->outer_products(first_order) : first_order ? 1 : 2;
+  }
+  OuterProduct<T> outer_product(std::size_t op, int64_t kind, int64_t task, int64_t tasks) const {
+    if (factored[op]) return factored[op]->outer_product(s, kind, task, tasks);
     const FixedInputLayer<T>& f = *fixed_input[op];
-    const int64_t ldx = plan.ld[0];
-    add(f.query + task * f.q * f.ld, x_q + task * f.q * ldx, tasks * f.q);
-    if (!first_order) add(f.support + task * f.n * f.ld, x_s + task * f.n * ldx, tasks * f.n);
+    if (kind == 0) return {f.query + task * f.q * f.ld, x_q + task * f.q * plan.ld[0], tasks * f.q};
+    return {f.support + task * f.n * f.ld, x_s + task * f.n * plan.ld[0], tasks * f.n};
   }
 };
 

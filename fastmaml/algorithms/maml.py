@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import functional, losses
+from .. import forms, functional, losses
 
 
 class Evaluation(NamedTuple):
@@ -18,13 +18,14 @@ class Evaluation(NamedTuple):
 class MAML(nn.Module):
     """A model whose parameters are learned so that `steps` SGD steps adapt it to a task.
 
-    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every: as in `fastmaml.functional`. lr may
+    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every, fast_weights: as in `fastmaml.functional`. lr may
     hold nn.Parameters that an optimiser learns too; register them yourself.
     """
 
     def __init__(
         self, model: nn.Module, *, loss: str | losses.Loss, lr, steps: int, first_order: bool = False,
         backend: str | None = None, chunk_tasks: int | None = None, checkpoint_every: int | None = None,
+        fast_weights=None,
     ) -> None:  # fmt: skip
         super().__init__()
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -32,6 +33,8 @@ class MAML(nn.Module):
         losses.resolve(loss)
         self.model, self.loss, self.lr, self.steps, self.first_order = model, loss, lr, steps, first_order
         self.backend, self.chunk_tasks, self.checkpoint_every = backend, chunk_tasks, checkpoint_every
+        forms.check(fast_weights)
+        self.fast_weights = fast_weights
 
     def extra_repr(self) -> str:
         return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}"
@@ -41,7 +44,8 @@ class MAML(nn.Module):
         params = dict(self.model.named_parameters())
         return functional.meta_loss(
             self.model, params, (x_support, y_support), (x_query, y_query),
-            lr=self._lr(0, self.steps), steps=self.steps, **self._common(), **self._memory(),
+            lr=self._lr(0, self.steps), steps=self.steps, fast_weights=self.fast_weights,
+            **self._common(), **self._memory(),
         )  # fmt: skip
 
     def adapt(self, x: Tensor, y, steps: int | None = None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import device as Device
 from torch import dtype as DType
 from torch import nn
 
+from .. import forms
 from ..losses import Loss, resolve
 from ..program import Program, Unsupported, trace
 from . import cpu, torch  # torch is the backend here, which hides the library
@@ -123,6 +124,36 @@ def prepare(
 
 # what torch.compiler.assume_constant_result does, which would import the compiler: a second
 prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def factored_weights(
+    problem: Problem,
+    name: str,
+    sizes: tuple[int, int, int, int],  # T, N, Q, K
+    own: tuple[bool, ...],
+    S: int,  # step sizes of a step
+    fast_weights: Any,
+) -> tuple[int, ...]:
+    """The weights that the named backend keeps factored: forms.choose, remembered."""
+    if fast_weights is not None and not isinstance(fast_weights, str):
+        fast_weights = tuple(fast_weights.items())
+    key = "factored", name, sizes, own, S, fast_weights
+    if key not in problem.memo:
+        told = dict(fast_weights) if isinstance(fast_weights, tuple) else fast_weights
+        per_element = S not in (1, len(problem.names))
+        if name == "cpu" or told not in (None, "dense"):
+            problem.memo[key] = forms.choose(problem, forms.Sizes(*sizes), own, per_element, told)
+        else:
+            problem.memo[key] = ()
+    return problem.memo[key]
+
+
+def factored_weights_of(model: nn.Module, example_shape: tuple[int, ...], loss: Any, *args: Any) -> tuple[int, ...]:
+    """The same, for torch.compile, which can pass a model to a function that it does not follow, but no Problem."""
+    return factored_weights(problem_for(model, example_shape, resolve(loss)), *args)
+
+
+factored_weights_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()

@@ -248,8 +248,9 @@ def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, che
 
 
 def meta_loss(
-    problem, params, lr, support, query, *, steps, first_order, checkpoint_every, per_task, scale, needs
-):
+    problem, params, lr, support, query,
+    *, steps, first_order, checkpoint_every, per_task, scale, needs, factored=(),
+):  # fmt: skip
     (x, y), (x_q, y_q) = support, query
     every = checkpoint_every or max(steps, 1)
     back = needs & {"params", "lr", "x_s"}

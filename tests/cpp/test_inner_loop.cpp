@@ -301,14 +301,12 @@ void check_variants(Call c, const Results& full) {
     compare("output " + std::to_string(wanted) + " alone", other, 1e-12);
   }
   c.threads = 3;
-  // tasks that share a product are as many as there are threads for
-  const double rounding = c.factored.empty() ? 0 : 1e-12;
-  compare("threads", c, rounding);
+  compare("threads", c, 0);
   Results two[2];
   std::thread callers[2];
   for (int i = 0; i < 2; ++i) callers[i] = std::thread([&, i] { two[i] = run(c); });
   for (std::thread& caller : callers) caller.join();
-  for (const Results& r : two) check_same(tail + "concurrent calls", r, full, rounding);
+  for (const Results& r : two) check_same(tail + "concurrent calls", r, full, 0);
 }
 
 struct Case {

@@ -1,0 +1,120 @@
+"""The form of each linear layer's fast weights: a matrix for each task, or factors.
+
+Factored, a weight of a task is theta plus the outer products of the rows that the inner steps left, and is never
+formed (docs/factored.md; csrc/cpu/factored.h). That is exact; which form is the faster depends on the sizes alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backends import Problem
+
+FORMS = ("dense", "factored")
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear op of a Program, as far as its fast weights go."""
+
+    weight: int  # its place in problem.names
+    I: int
+    O: int
+    rows: int  # of an example
+    fixed_input: bool  # it reads x, which is the same in every step
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a meta-step: tasks, support and query examples of each, inner steps."""
+
+    T: int
+    N: int
+    Q: int
+    K: int
+
+
+def layers(problem: "Problem") -> list[LinearLayer]:
+    program = problem.program
+    if program is None:
+        return []
+    index = {name: i for i, name in enumerate(problem.names)}
+    used = [p for op in program.ops for p in op.params]
+    found = []
+    for op in program.ops:
+        if op.name == "linear":
+            w = op.params[0]
+            assert w is not None
+            *rows, I = program.buffers[op.inputs[0]]
+            O = program.buffers[op.output][-1]
+            size = 1
+            for n in rows:
+                size *= n
+            found.append(LinearLayer(index[w], I, O, size, op.inputs[0] == 0, used.count(w) > 1))
+    return found
+
+
+def check(fast_weights: Any) -> None:
+    forms = fast_weights.values() if isinstance(fast_weights, Mapping) else [fast_weights]
+    for form in forms:
+        if form not in (None, *FORMS):
+            raise ValueError(f'fast_weights must be None, "dense", "factored" or a dict of them, got {form!r}')
+
+
+def choose(
+    problem: "Problem",
+    sizes: Sizes,
+    own: tuple[bool, ...],  # of each parameter: has every task its own?
+    per_element: bool,  # has each element a step size of its own?
+    fast_weights: Any,
+) -> tuple[int, ...]:
+    """The weights to keep factored, by their place in problem.names.
+
+    fast_weights: None (the faster form of each layer), "dense", "factored" (wherever that can be), or a dict weight
+    name -> one of them, where None is what names that are not in it have
+
+    Raises ValueError for an unknown name or form, and where a layer, or all of them, cannot be factored as asked.
+    """
+    check(fast_weights)
+    known = layers(problem)
+    named = fast_weights if isinstance(fast_weights, Mapping) else {}
+    names = {problem.names[layer.weight] for layer in known}
+    if unknown := sorted(set(named) - names):
+        raise ValueError(f"fast_weights names {unknown}, which are no weights of linear layers: {sorted(names)}")
+    chosen, reasons = [], []
+    for layer in known:
+        name = problem.names[layer.weight]
+        form = named.get(name) if isinstance(fast_weights, Mapping) else fast_weights
+        why = why_dense(layer, own, per_element)
+        if why is not None:
+            reasons.append(f"{name} {why}")
+            if form == "factored" and name in named:
+                raise ValueError(f"the fast weights of {name} cannot be factored: it {why}")
+        elif form == "factored" or (form is None and cost(layer, sizes, "factored") < cost(layer, sizes, "dense")):
+            chosen.append(layer.weight)
+    if fast_weights == "factored" and len(reasons) == len(known):
+        why = "; ".join(reasons) or problem.why_no_program or "the model has no linear layer"
+        raise ValueError(f"no fast weights can be factored ({why})")
+    return tuple(chosen)
+
+
+def why_dense(layer: LinearLayer, own: tuple[bool, ...], per_element: bool) -> str | None:
+    """Why a layer cannot be factored; None if it can."""
+    if per_element:
+        return "has a step size for each element"
+    if own[layer.weight]:
+        return "starts from weights of each task's own"
+    return "is used by several layers" if layer.tied else None
+
+
+def cost(layer: LinearLayer, sizes: Sizes, form: str) -> float:
+    """Estimated time of a layer's share of a task's meta-gradient, in units of a multiply-add of a large product."""
+    I, O, K = layer.I, layer.O, sizes.K
+    N, Q = sizes.N * layer.rows, sizes.Q * layer.rows
+    if form == "dense":
+        return I * O * ((4 * N * K + 2 * Q) if layer.fixed_input else (9 * N * K + 3 * Q))
+    if layer.fixed_input:
+        return I * O * 2 * (N + Q)
+    return I * O * (6 * N * K + 3 * Q) + 4 * K * N * (I + O) * ((K - 1) * N + Q)
