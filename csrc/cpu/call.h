@@ -42,30 +42,23 @@ void from_slot(const Slot& s, const T* from, T* to) {
     copy_rows(s.rows, s.cols, from, s.ld, to, s.cols);
 }
 
-// How the tasks are divided: into rounds, of which one is in memory, these into sets, whose gradients have a sum of
-// their own, and for the threads into groups of whole sets. All but the groups, and so every result, is the same for
-// any number of threads.
+// How the tasks are divided: into sets, each with a sum of its own of the gradients. The sets are run in rounds, of
+// which one is in memory, and these in groups of whole sets, one for a thread. The sets are the same for any number of
+// threads, and so is every result.
 struct Partition {
-  int64_t T = 0, rounds = 1, sets = 1, groups = 1;  // sets and groups of a round
+  int64_t T = 0, sets = 1, rounds = 1, threads = 0;
 
-  Partition() = default;
-  // both: numbers in a sum, 0 for none; threads: 0 for a group to each set
-  Partition(int64_t T, int64_t at_once, int64_t both, int64_t threads) : T(T) {
-    rounds = (T + at_once - 1) / at_once;
-    sets = T / rounds;
-    if (both > 0) sets = std::min(sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, 64));
-    groups = threads > 0 ? std::min(sets, threads) : sets;
+  int64_t task(int64_t set) const { return T * set / sets; }
+  int64_t round(int64_t r) const { return sets * r / rounds; }
+  int64_t groups(int64_t r) const {  // as many as sets if there are no threads to share them
+    const int64_t n = round(r + 1) - round(r);
+    return threads > 0 ? std::min(n, threads) : n;
   }
-  // the first task of a set, and the first set of a group
-  int64_t task(int64_t round, int64_t set) const {
-    const int64_t begin = T * round / rounds, end = T * (round + 1) / rounds;
-    return begin + (end - begin) * set / sets;
-  }
-  int64_t set(int64_t group) const { return sets * group / groups; }
+  int64_t group(int64_t r, int64_t j) const { return round(r) + (round(r + 1) - round(r)) * j / groups(r); }
   int64_t largest_group() const {
     int64_t most = 1;
     for (int64_t r = 0; r < rounds; ++r)
-      for (int64_t j = 0; j < groups; ++j) most = std::max(most, task(r, set(j + 1)) - task(r, set(j)));
+      for (int64_t j = 0; j < groups(r); ++j) most = std::max(most, task(group(r, j + 1)) - task(group(r, j)));
     return most;
   }
 };
@@ -110,8 +103,8 @@ struct Call {
       if (!q.own[i])
         to_slot(plan.slots[i], static_cast<const T*>(q.params[i]), theta.get() + plan.slots[i].offset);
     if (plan.factored) factor();
-    const int64_t both = (q.grads ? plan.P : 0) + (q.grad_lr ? K * lr_size() : 0);
-    parts = Partition(q.T, plan.factored ? tasks_at_once() : q.T, q.per_task ? 0 : both, plan.factored ? q.threads : 0);
+    const int64_t both = q.per_task ? 0 : (q.grads ? plan.P : 0) + (q.grad_lr ? K * lr_size() : 0);
+    divide(both);
     if (plan.factored) group = parts.largest_group();
     if (plan.side_by_side) side_by_side = group;
     if (element_lr()) {
@@ -166,12 +159,20 @@ struct Call {
     });
   }
 
-  // Tasks whose rows are in memory: enough that many threads have enough rows each for a product with theta, and no
-  // more than some 256 MiB hold.
-  int64_t tasks_at_once() const {
-    const int64_t steps = plan.side_by_side ? K : 1, rows = 768 / std::max<int64_t>(N, 1) + 1;
-    const int64_t each = 4 * steps * N * plan.per_example + 2 * Q * plan.per_example + 1;
-    return std::clamp<int64_t>(std::min<int64_t>(rows, (int64_t(256) << 20) / (each * sizeof(T))), 1, q.T);
+  // both: numbers in a sum over tasks, 0 for none. A factored program's thread has a few dozen rows for its product
+  // with theta: fewer would read theta too often, many more fall out of the cache between two ops (measured); a round
+  // has no more than some 256 MiB hold.
+  void divide(int64_t both) {
+    const int64_t n = std::max<int64_t>(N, 1), least = plan.factored ? std::max<int64_t>(10 / n, 1) : 1;
+    parts = {q.T, (q.T + least - 1) / least};
+    const int64_t most = plan.factored || both == 0 ? parts.sets : 64;
+    if (both > 0) parts.sets = std::min(parts.sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
+    if (!plan.factored) return;
+    const int64_t steps = plan.side_by_side ? K : 1;
+    const int64_t each = (4 * steps * N * plan.per_example + 2 * Q * plan.per_example + 1) * sizeof(T);
+    const int64_t wanted = std::min<int64_t>(q.threads * std::max<int64_t>(80 / n, 1), (int64_t(256) << 20) / each);
+    parts.rounds = std::clamp<int64_t>((q.T + wanted - 1) / std::max<int64_t>(wanted, 1), 1, parts.sets);
+    parts.threads = q.threads;
   }
 
   int64_t n_params() const { return plan.slots.size(); }

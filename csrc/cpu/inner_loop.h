@@ -16,6 +16,7 @@ struct OuterProducts {
   std::vector<int64_t> ends = {};  // of the products done at once
   int64_t filled = 0;
 
+  // what is added between two calls of close() is summed in an order of its own
   void add(const T* d, int64_t ldd, const T* x, int64_t ldx, int64_t n) {
     for (int64_t r = 0; r < n;) {
       const int64_t some = std::min(n - r, most - filled);
@@ -34,6 +35,9 @@ struct OuterProducts {
   // its `o_size` rows from o on and `i_size` columns from i on
   void write(int64_t o, int64_t o_size, int64_t i, int64_t i_size, T* out, bool add, T* scratch) const {
     T *const sum = scratch, *const packed = scratch + rows * columns;
+    for (int64_t r = 0; r < o_size && add; ++r)  // goes on from the round before
+      for (int64_t c = 0; c < columns; ++c)
+        sum[r * columns + c] = c < i_size ? -out[(o + r) * I + i + c] : T(0);
     Factors<T> f[most];
     int64_t begin = 0;
     for (const int64_t end : ends) {
@@ -43,15 +47,13 @@ struct OuterProducts {
         f[j - begin] = {at, 1, rows, p.b + i, p.ldb, p.K};
         for (int64_t r = 0; r < p.K; ++r, at += rows) std::memcpy(at, p.a + r * p.a_col + o, o_size * sizeof(T));
       }
-      nn<T, 0>(o_size, i_size, f, sum, columns, Update<T>{begin == 0 ? nullptr : sum, T(1), nullptr}, end - begin);
+      const bool first = begin == 0 && !add;
+      nn<T, 0>(o_size, i_size, f, sum, columns, Update<T>{first ? nullptr : sum, T(1), nullptr}, end - begin);
       begin = end;
     }
     for (int64_t r = 0; r < o_size; ++r) {
       T* const to = out + (o + r) * I + i;
-      for (int64_t c = 0; c < i_size; ++c) {
-        const T part = ends.empty() ? T(0) : sum[r * columns + c];
-        to[c] = add ? to[c] - part : -part;
-      }
+      for (int64_t c = 0; c < i_size; ++c) to[c] = ends.empty() && !add ? T(0) : -sum[r * columns + c];
     }
   }
 };
@@ -65,7 +67,7 @@ struct Run {
   const Partition& parts = c.parts;
   const int64_t P = q.grads ? c.plan.P : 0, L = q.grad_lr ? c.K * c.lr_size() : 0, both = P + L;
   const bool sum_tasks = !q.per_task && both > 0;
-  const int64_t at_once = std::min<int64_t>(q.threads, parts.groups);
+  const int64_t at_once = std::min<int64_t>(q.threads, parts.sets);
   const Arena memory{(sum_tasks ? parts.sets : at_once * c.group) * both * sizeof(T)};
   T* const sums = static_cast<T*>(memory.data());
   std::vector<std::unique_ptr<Worker<T>>> workers = {};
@@ -78,14 +80,15 @@ struct Run {
   void run_group(int64_t round, int64_t group, int64_t worker) {
     Worker<T>& w = *workers[worker];
     w.prepare();
-    const int64_t first = parts.task(round, parts.set(group)), last = parts.task(round, parts.set(group + 1));
+    int64_t set = parts.group(round, group), t = parts.task(set);
+    const int64_t last = parts.task(parts.group(round, group + 1));
     T* const own = sums + worker * c.group * both;  // the sum of each task alone
-    for (int64_t set = parts.set(group), t = first; t < last;) {
+    while (t < last) {
       const int64_t some = std::min(c.group, last - t);
       for (int64_t i = 0; i < some; ++i) {
-        while (t + i >= parts.task(round, set + 1)) ++set;
+        while (t + i >= parts.task(set + 1)) ++set;
         T* const sum = sum_tasks ? sums + set * both : own + i * both;
-        const bool add = sum_tasks && (round > 0 || t + i > parts.task(round, set));
+        const bool add = sum_tasks && t + i > parts.task(set);
         if (!add) std::fill(sum + P, sum + both, T(0));
         w.sums[i] = {P ? sum : nullptr, L ? sum + P : nullptr, add};
       }
@@ -110,28 +113,34 @@ struct Run {
       if (o.form == Form::dense) continue;
       const Param& p = c.plan.program.params[o.op.w];
       auto finish = [&](int64_t row, bool add) {
-        all.back()->close();
         T* const out = static_cast<T*>(q.grads) + row * c.plan.program.P + p.offset;
         for (int64_t o = 0; o < p.O; o += Products::rows)
           for (int64_t i = 0; i < p.I; i += Products::columns)
             items.push_back({all.back().get(), o, std::min(Products::rows, p.O - o), i,
                              std::min(Products::columns, p.I - i), out, add});
       };
-      auto collect = [&](int64_t group, int64_t task, int64_t tasks, int64_t kind) {
-        const OuterProduct<T> of = workers[group]->outer_product(op, kind, task, tasks);
-        all.back()->add(of.d, c.plan.ld[o.op.out], of.x, c.plan.ld[o.op.in0], of.rows);
-      };
+      // the outer products of the tasks from t to end, all of one group
       const int64_t kinds = workers[0]->outer_products(op);
-      if (!q.per_task) all.emplace_back(new Products{p.I});
-      for (int64_t kind = 0; kind < kinds && !q.per_task; ++kind)  // in an order that no grouping changes
-        for (int64_t j = 0; j < parts.groups; ++j) collect(j, 0, tasks_of(round, j), kind);
-      if (!q.per_task) finish(0, round > 0);
-      for (int64_t j = 0; j < parts.groups && q.per_task; ++j)
-        for (int64_t task = 0; task < tasks_of(round, j); ++task) {
-          all.emplace_back(new Products{p.I});
-          for (int64_t kind = 0; kind < kinds; ++kind) collect(j, task, 1, kind);
-          finish(parts.task(round, parts.set(j)) + task, false);
+      auto collect = [&](int64_t j, int64_t t, int64_t end) {
+        const int64_t first = t - parts.task(parts.group(round, j));
+        for (int64_t kind = 0; kind < kinds; ++kind) {
+          const OuterProduct<T> of = workers[j]->outer_product(op, kind, first, end - t);
+          all.back()->add(of.d, c.plan.ld[o.op.out], of.x, c.plan.ld[o.op.in0], of.rows);
         }
+        all.back()->close();
+      };
+      if (!q.per_task) all.emplace_back(new Products{p.I});
+      for (int64_t j = 0; j < parts.groups(round); ++j)
+        for (int64_t set = parts.group(round, j); set < parts.group(round, j + 1); ++set) {
+          const int64_t begin = parts.task(set), end = parts.task(set + 1);
+          if (!q.per_task) collect(j, begin, end);
+          for (int64_t t = begin; t < end && q.per_task; ++t) {
+            all.emplace_back(new Products{p.I});
+            collect(j, t, t + 1);
+            finish(t, false);
+          }
+        }
+      if (!q.per_task) finish(0, round > 0);
     }
     const Arena scratch(q.threads * Products::scratch_size * sizeof(T));
     parallel(items.size(), q.threads, [&](int64_t j, int worker) {
@@ -139,9 +148,6 @@ struct Run {
       item.of->write(item.o, item.o_size, item.i, item.i_size, item.out, item.add,
                      static_cast<T*>(scratch.data()) + worker * Products::scratch_size);
     });
-  }
-  int64_t tasks_of(int64_t round, int64_t group) const {
-    return parts.task(round, parts.set(group + 1)) - parts.task(round, parts.set(group));
   }
 
   void run() {
@@ -151,7 +157,7 @@ struct Run {
     for (int64_t i = 0; i < at_once; ++i) workers.emplace_back(new Worker<T>(c));
     for (int64_t round = 0; round < parts.rounds; ++round) {
       // what a worker has of a factored layer must last until it is written
-      parallel(parts.groups, q.threads, [&](int64_t j, int worker) {
+      parallel(parts.groups(round), q.threads, [&](int64_t j, int worker) {
         run_group(round, j, c.plan.factored ? j : worker);
       });
       if (c.plan.factored && q.grads) write_factored(round);
