@@ -30,7 +30,7 @@ struct OuterProducts {
     filled = 0;
   }
 
-  static constexpr int64_t scratch_size = rows * columns + most * rows;
+  static constexpr int64_t scratch_size = (rows + most) * columns + most * rows;
 
   // its `o_size` rows from o on and `i_size` columns from i on
   void write(int64_t o, int64_t o_size, int64_t i, int64_t i_size, T* out, bool add, T* scratch) const {
@@ -38,17 +38,29 @@ struct OuterProducts {
     for (int64_t r = 0; r < o_size && add; ++r)  // goes on from the round before
       for (int64_t c = 0; c < columns; ++c)
         sum[r * columns + c] = c < i_size ? -out[(o + r) * I + i + c] : T(0);
-    Factors<T> f[most];
+    T* const packed_x = packed + most * rows;
     int64_t begin = 0;
     for (const int64_t end : ends) {
       T* at = packed;
+      int64_t depth = 0;
       for (int64_t j = begin; j < end; ++j) {
         const Factors<T>& p = products[j];
-        f[j - begin] = {at, 1, rows, p.b + i, p.ldb, p.K};
         for (int64_t r = 0; r < p.K; ++r, at += rows) std::memcpy(at, p.a + r * p.a_col + o, o_size * sizeof(T));
+        depth += p.K;
       }
-      const bool first = begin == 0 && !add;
-      nn<T, 0>(o_size, i_size, f, sum, columns, Update<T>{first ? nullptr : sum, T(1), nullptr}, end - begin);
+      column_panels<T>(i_size, [&](auto vectors, int64_t c) {
+        constexpr int64_t width = vectors * lanes<T>;
+        T* const x = packed_x + most * c;
+        for (int64_t j = begin, r = 0; j < end; ++j)
+          for (int64_t k = 0; k < products[j].K; ++k, ++r)
+            FASTMAML_UNROLL(v, vectors) {
+              store(x + r * width + v * lanes<T>, load(products[j].b + k * products[j].ldb + i + c + v * lanes<T>));
+            });
+        const bool first = begin == 0 && !add;
+        const Factors<T> f{packed, 1, rows, x - c, width, depth};
+        nn_panel<T, nn_rows<vectors>, vectors, 1>(o_size, &f, 1, c, sum, columns,
+                                                  Update<T>{first ? nullptr : sum, T(1), nullptr});
+      });
       begin = end;
     }
     for (int64_t r = 0; r < o_size; ++r) {
