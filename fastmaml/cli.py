@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shape", type=shape, help="shape of one example, as 1,28,28; needed for module:factory")
     add("--loss", choices=("mse", "cross_entropy"), help="default: that of the built-in model, else mse")
     add("--tasks", type=positive_int, default=25)
-    add("--examples", type=positive_int, default=10, help="examples in a task")
+    add("--examples", type=positive_int, default=10, help="support examples in a task")
+    add("--queries", type=positive_int, help="query examples in a task (default: as many)")
+    add("--steps", type=natural, default=5, help="inner steps")
 
     demo = commands.add_parser("demo", help="MAML on sine waves: a table and a picture", **shown)
     add = demo.add_argument

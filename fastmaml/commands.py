@@ -117,7 +117,7 @@ def explain(args: argparse.Namespace) -> None:
         if shape is None:
             raise ValueError(f"--shape is needed: the shape of one example of {args.model}, as 1,28,28")
         x = torch.zeros(args.tasks, args.examples, *shape)
-        print(fastmaml.explain(model, x, loss=loss))
+        print(fastmaml.explain(model, x, loss=loss, steps=args.steps, queries=args.queries))
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import forms
+from .arguments import check_count
 from .backends import BACKENDS, Problem, problem_for
 from .losses import resolve
 from .program import Op, Program
@@ -17,17 +19,34 @@ class Explanation(str):
         return str(self)
 
 
-def explain(model: nn.Module, x: Tensor, loss: Any = None) -> Explanation:
+def explain(
+    model: nn.Module,
+    x: Tensor,
+    loss: Any = None,
+    *,
+    steps: int | None = None,
+    queries: int | None = None,
+    fast_weights: Any = None,
+) -> Explanation:
     """The layer ops with shapes and parameters, the backend that backend=None takes, and why not each other.
+
+    With `steps`, also the form of each linear layer's fast weights in meta_loss, and why.
 
     x: [T, N, *example], as for the functions of fastmaml.functional; its values are not looked at
     loss: as there; without one, what is said holds for `apply`
+    queries: query examples of a task (default: N); fast_weights: as for meta_loss
     """
     if not isinstance(x, Tensor) or x.dim() < 2:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must have shape [T, N, ...], got {got}")
     problem = problem_for(model, tuple(x.shape[2:]), None if loss is None else resolve(loss))
-    return Explanation("\n".join([*_program_lines(model, problem), "", *_backend_lines(problem, x)]))
+    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x)]
+    if steps is not None:
+        check_count("steps", steps, 0)
+        check_count("queries", queries, 1)
+        sizes = forms.Sizes(*x.shape[:2], queries or x.shape[1], steps)
+        lines += ["", *_form_lines(problem, sizes, fast_weights)]
+    return Explanation("\n".join(lines))
 
 
 def _program_lines(model: nn.Module, problem: Problem) -> list[str]:
@@ -76,3 +95,25 @@ def _backend_lines(problem: Problem, x: Tensor) -> list[str]:
         elif why:
             lines.append(f"  but {name} cannot run this: {why}")
     return lines
+
+
+def _form_lines(problem: Problem, sizes: forms.Sizes, fast_weights: Any) -> list[str]:
+    none_own = (False,) * len(problem.names)
+    factored = forms.choose(problem, sizes, none_own, False, fast_weights)
+    lines = [f"fast weights in meta_loss: T={sizes.T} N={sizes.N}, {sizes.Q} query examples, {sizes.K} steps"]
+    rows = []
+    known = forms.layers(problem)
+    side_by_side = any(layer.weight in factored and not layer.fixed_input for layer in known)
+    for layer in known:
+        name, shape = problem.names[layer.weight], f"[{layer.O}, {layer.I}]"
+        if why := forms.why_dense(layer, none_own, False):
+            rows.append((name, shape, "dense", f"it {why}"))
+            continue
+        dense, other = (forms.cost(layer, sizes, form, side_by_side) for form in forms.FORMS)
+        form = "factored" if layer.weight in factored else "dense"
+        told = "" if fast_weights is None else ", as told"
+        rows.append((name, shape, form, f"factored would take {other / dense:.2g} of the dense time{told}"))
+    if not rows:
+        return [*lines, "  no linear layers"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return lines + ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

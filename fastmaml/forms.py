@@ -84,6 +84,7 @@ def choose(
     if unknown := sorted(set(named) - names):
         raise ValueError(f"fast_weights names {unknown}, which are no weights of linear layers: {sorted(names)}")
     chosen, reasons = [], []
+    fast = fastest([layer for layer in known if why_dense(layer, own, per_element) is None], sizes)
     for layer in known:
         name = problem.names[layer.weight]
         form = named.get(name) if isinstance(fast_weights, Mapping) else fast_weights
@@ -92,7 +93,7 @@ def choose(
             reasons.append(f"{name} {why}")
             if form == "factored" and name in named:
                 raise ValueError(f"the fast weights of {name} cannot be factored: it {why}")
-        elif form == "factored" or (form is None and cost(layer, sizes, "factored") < cost(layer, sizes, "dense")):
+        elif form == "factored" or (form is None and layer.weight in fast):
             chosen.append(layer.weight)
     if fast_weights == "factored" and len(reasons) == len(known):
         why = "; ".join(reasons) or problem.why_no_program or "the model has no linear layer"
@@ -109,12 +110,46 @@ def why_dense(layer: LinearLayer, own: tuple[bool, ...], per_element: bool) -> s
     return "is used by several layers" if layer.tied else None
 
 
-def cost(layer: LinearLayer, sizes: Sizes, form: str) -> float:
-    """Estimated time of a layer's share of a task's meta-gradient, in units of a multiply-add of a large product."""
-    I, O, K = layer.I, layer.O, sizes.K
+def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False) -> float:
+    """Estimated nanoseconds of a layer's share of a task's meta-gradient, on one thread.
+
+    side_by_side: do the tasks run so, for the sake of a factored layer inside the network? Dense weights then have those
+    of other tasks beside them in the cache.
+
+    Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads. Another
+    machine has other nanoseconds, but much the same ratios.
+    """
+    I, O, T, K = layer.I, layer.O, sizes.T, sizes.K
     N, Q = sizes.N * layer.rows, sizes.Q * layer.rows
+    IO, together = I * O, max(1.0, min(T / 2, 80 // max(N, 1) + 1))  # tasks that share a product with theta
     if form == "dense":
-        return I * O * ((4 * N * K + 2 * Q) if layer.fixed_input else (9 * N * K + 3 * Q))
+        passes = IO * K * (4 if layer.fixed_input else 9)  # over the weights
+        time = 0.0179 * IO * (4 * N * K + 2 * Q) if layer.fixed_input else 0.0164 * IO * (9 * N * K + 3 * Q)
+        time += 0.0367 * passes + 4.16 * IO / T
+        if 4 * IO * (K + 2) > 2**20:
+            time += 0.00812 * passes
+        return time + (0.142 * 9 * IO * K if side_by_side and 4 * IO * (K + 2) * together > 2**19 else 0.0)
     if layer.fixed_input:
-        return I * O * 2 * (N + Q)
-    return I * O * (6 * N * K + 3 * Q) + 4 * K * N * (I + O) * ((K - 1) * N + Q)
+        thin = (N + Q) * N * I + O * (K * N * N + Q * N + K * N * (N + Q))
+        return 0.0129 * IO * 2 * (N + Q) + 0.0133 * thin + 1.135 * O * 2 * (N * K + Q) + 2.37 * IO / together
+    thin = 4 * K * N * (I + O) * ((K - 1) * N + Q)
+    rows = (I + O) * (4 * N * K + 2 * Q)
+    return 0.0117 * IO * (6 * N * K + 3 * Q) + 0.0187 * thin + 0.528 * rows + 59.3 * (K * K + 4 * K) + 2.08 * IO / T
+
+
+def fastest(layers: list[LinearLayer], sizes: Sizes) -> set[int]:
+    """The weights of these layers that are best factored: with tasks one after another, where only layers that read x
+    can be, or side by side."""
+    best, least = set[int](), float("inf")
+    for side_by_side in (False, True):
+        factored, total = set(), 0.0
+        for layer in layers:
+            dense = cost(layer, sizes, "dense", side_by_side)
+            can = side_by_side or layer.fixed_input
+            other = cost(layer, sizes, "factored", side_by_side) if can else float("inf")
+            total += min(dense, other)
+            if other < dense:
+                factored.add(layer.weight)
+        if total < least:
+            best, least = factored, total
+    return best

@@ -159,18 +159,18 @@ struct Call {
     });
   }
 
-  // both: numbers in a sum over tasks, 0 for none. A factored program's thread has a few dozen rows for its product
-  // with theta: fewer would read theta too often, many more fall out of the cache between two ops (measured); a round
-  // has no more than some 256 MiB hold.
+  // both: numbers in a sum over tasks, 0 for none. A factored program's thread has 80 rows for its product with
+  // theta, or what 2 MiB hold: with fewer it would read theta too often, with many more they fall out of the cache
+  // between two ops (measured). A round has no more than some 256 MiB hold.
   void divide(int64_t both) {
     const int64_t n = std::max<int64_t>(N, 1), least = plan.factored ? std::max<int64_t>(10 / n, 1) : 1;
     parts = {q.T, (q.T + least - 1) / least};
     const int64_t most = plan.factored || both == 0 ? parts.sets : 64;
     if (both > 0) parts.sets = std::min(parts.sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
     if (!plan.factored) return;
-    const int64_t steps = plan.side_by_side ? K : 1;
+    const int64_t steps = plan.side_by_side ? K : 1, MiB = int64_t(1) << 20;
     const int64_t each = (4 * steps * N * plan.per_example + 2 * Q * plan.per_example + 1) * sizeof(T);
-    const int64_t wanted = std::min<int64_t>(q.threads * std::max<int64_t>(80 / n, 1), (int64_t(256) << 20) / each);
+    const int64_t wanted = std::min(q.threads * std::max(80 / n + 1, 2 * MiB / each), 256 * MiB / each);
     parts.rounds = std::clamp<int64_t>((q.T + wanted - 1) / std::max<int64_t>(wanted, 1), 1, parts.sets);
     parts.threads = q.threads;
   }

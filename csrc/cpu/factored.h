@@ -40,7 +40,7 @@ struct Packed {
           panel[k * width + j] = j < some ? from[k * row + (c + j) * step] : T(0);
   }
 
-  // C = e(A this) for A [M, K]. A block of A that fits in L2 meets every panel; a piece of a panel that fits in L1
+  // C = e(A this) for A [M, K], without a bias. A block of A that fits in L2 meets every panel; a piece of a panel that fits in L1
   // meets all rows of the block before the next.
   void times(int64_t M, const T* a, int64_t lda, T* C, int64_t ldc, const Activate<T>& e) const {
     const int64_t deep = (K + 1023) / 1024, fit = std::max<int64_t>((768 << 10) * deep / (K * sizeof(T)), 1),
@@ -67,7 +67,7 @@ struct Packed {
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t k = k_begin + deep * i / pieces, end = k_begin + deep * (i + 1) / pieces;
       Activate<T> part = e;
-      if (k > 0) part.bias = nullptr, part.add = true;
+      if (k > 0) part.add = true;
       if (end < K) part.act = false, part.mask = nullptr;
       const Factors<T> f{a + k, lda, 1, data + K * c + k * width - c, width, end - k};
       nn_panel<T, nn_rows<vectors>, vectors, 1>(M, &f, 1, c, C, ldc, part);

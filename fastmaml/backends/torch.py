@@ -4,6 +4,7 @@ The recursion of the kernels, in torch.func: H u is the jvp of the gradient, vma
 differentiated twice by reverse mode and memory is O(K * weights), not O(K * activations).
 """
 
+import sys
 import warnings
 from functools import cache
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from ..reference import _call
 from ..running import innermost
+from . import torch_factored
 
 if TYPE_CHECKING:
     from . import Problem
@@ -251,6 +253,11 @@ def meta_loss(
     problem, params, lr, support, query,
     *, steps, first_order, checkpoint_every, per_task, scale, needs, factored=(),
 ):  # fmt: skip
+    if factored:  # the rows of all steps are the weights: there is nothing to compute again
+        return torch_factored.meta_loss(
+            sys.modules[__name__], problem, params, lr, support, query, steps=steps, first_order=first_order,
+            per_task=per_task, scale=scale, needs=needs, factored=factored,
+        )  # fmt: skip
     (x, y), (x_q, y_q) = support, query
     every = checkpoint_every or max(steps, 1)
     back = needs & {"params", "lr", "x_s"}

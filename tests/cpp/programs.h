@@ -116,6 +116,15 @@ inline Program columns() {
   return p;
 }
 
+// Rows longer than a panel of theta in L1.
+inline Program long_rows() {
+  Net p(1, 2);
+  int64_t h = p.linear(p.activation(Kind::tanh, p.linear(0, 1030)), 3);
+  p.fold(0.1);
+  p.linear(h, 2);
+  return p;
+}
+
 // Buffers with several readers: the gradients that each op leaves are added.
 inline Program fan() {
   Net p(2, 3);

@@ -411,6 +411,7 @@ int main() {
       {"factored chain", programs::chain(), mse, 2, 2, 3, 2, Case::scalar, false, false, 0, {0, 1}},
       {"factored fan", programs::fan(), mse, 2, 3, 5, 1, Case::scalar, false, true, 0, {0, 1, 2, 4, 5}},
       {"factored, some tied or frozen", programs::tied(true), mse, 3, 3, 2, 3, Case::per_tensor, true, false, 0, {2, 3}},
+      {"factored, long rows", programs::long_rows(), mse, 1, 2, 3, 1, Case::scalar, false, false, 0, {0, 1}},
       {"factored, many tasks", programs::tiny(), mse, 203, 2, 1, 2, Case::scalar, false, false, 0, {0}},
   };
   for (const Case& a : cases) check_case(a);

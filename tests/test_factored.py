@@ -1,0 +1,126 @@
+"""Factored fast weights: asked for, refused, chosen and explained."""
+
+import re
+
+import pytest
+import torch
+from cases import error
+from torch import nn
+
+import fastmaml
+from fastmaml import forms, functional, reference
+from fastmaml.backends import cpu, problem_for
+from fastmaml.losses import MSE
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
+T, N, Q = 3, 4, 6
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 2)
+    return nn.Sequential(*layers).double()
+
+
+def tasks() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    shape = {"dtype": torch.float64}
+    return [(torch.randn(T, n, 5, **shape), torch.randn(T, n, 2, **shape)) for n in (N, Q)]
+
+
+def gradients(module, model, data, **how) -> torch.Tensor:
+    how = {"loss": "mse", "lr": 0.05, "steps": 3} | how
+    _, grads = module.meta_value_and_grad(model, dict(model.named_parameters()), *data, **how)
+    return torch.cat([g.flatten() for g in grads.values()])
+
+
+@pytest.mark.parametrize("form", [None, "dense", "factored", {"2.weight": "factored"}, {"0.weight": "dense"}])
+@pytest.mark.parametrize("knobs", [{}, {"chunk_tasks": 2}, {"checkpoint_every": 1}, {"first_order": True}])
+def test_every_form_is_the_reference(form, knobs: dict) -> None:
+    model, data = network(), tasks()
+    truth = gradients(reference, model, data, **{n: v for n, v in knobs.items() if n == "first_order"})
+    assert error(gradients(functional, model, data, fast_weights=form, **knobs), truth) < 1e-12
+
+
+def test_more_tasks_than_a_round_holds() -> None:
+    model, (support, query) = network(), tasks()
+    many = [tuple(a.repeat(70, 1, 1) for a in pair) for pair in (support, query)]
+    found = gradients(functional, model, many, fast_weights="factored")
+    assert error(found, gradients(functional, model, (support, query), fast_weights="dense")) < 1e-12
+
+
+def test_bitwise_the_same_for_any_number_of_threads() -> None:
+    model, data = network().float(), [(x.float(), y.float()) for x, y in tasks()]
+    many = [tuple(a.repeat(30, 1, 1) for a in pair) for pair in data]
+    found, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 5, 2):
+            torch.set_num_threads(n)
+            found.append(gradients(functional, model, many, fast_weights="factored"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_nan_gives_nan() -> None:
+    model, (support, query) = network(), tasks()
+    support[0][1, 0, 0] = float("nan")
+    assert gradients(functional, model, (support, query), fast_weights="factored").isnan().all()
+
+
+def refuse(match: str, **how) -> None:
+    with pytest.raises(ValueError, match=match):
+        gradients(functional, network(), tasks(), **how)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    refuse(re.escape('must be None, "dense", "factored" or a dict of them, got \'sparse\''), fast_weights="sparse")
+    refuse("'half'", fast_weights={"0.weight": "half"})
+    refuse(r"names \['1.weight'\]", fast_weights={"1.weight": "dense"})
+    each = {n: torch.full_like(p, 0.1) for n, p in network().named_parameters()}
+    refuse("no fast weights can be factored .*a step size for each element", lr=each, fast_weights="factored")
+    refuse("0.weight cannot be factored: it has a step size", lr=each, fast_weights={"0.weight": "factored"})
+    with pytest.raises(ValueError, match="fast_weights"):
+        fastmaml.MAML(network(), loss="mse", lr=0.1, steps=1, fast_weights="thin")
+
+
+def test_weights_of_a_task_and_tied_ones_are_dense() -> None:
+    model, data = network(), tasks()
+    params = {n: p.detach().expand(T, *p.shape).contiguous() for n, p in model.named_parameters()}
+    how = {"loss": "mse", "lr": 0.05, "steps": 2}
+    with pytest.raises(ValueError, match="starts from weights of each task's own"):
+        functional.meta_loss(model, params, *data, fast_weights="factored", **how)
+    layer = nn.Linear(5, 5)
+    tied = nn.Sequential(layer, nn.Tanh(), layer).double()
+    problem = problem_for(tied, (5,), MSE())
+    (first, second) = forms.layers(problem)
+    assert first.tied and second.tied
+    with pytest.raises(ValueError, match="used by several layers"):
+        functional.meta_loss(
+            tied, dict(tied.named_parameters()), *[(x, x) for x, _ in data], fast_weights="factored", **how
+        )
+
+
+def test_maml_passes_it_on() -> None:
+    model, (support, query) = network(), tasks()
+    found = []
+    for form in ("dense", "factored"):
+        model.zero_grad()
+        fastmaml.MAML(model, loss="mse", lr=0.1, steps=2, fast_weights=form)(*support, *query).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))  # pyright: ignore
+    assert error(*found) < 1e-12
+    assert not torch.equal(*found)
+
+
+def test_wide_layers_are_factored_and_explain_says_so() -> None:
+    model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 5))
+    said = fastmaml.explain(model, torch.zeros(32, 5, 784), "cross_entropy", steps=5, queries=75)
+    assert "T=32 N=5, 75 query examples, 5 steps" in said
+    assert re.search(r"2\.weight +\[1024, 1024\] +factored +factored would take 0\.\d+ of the dense time", said)
+    small = fastmaml.explain(fastmaml_sine(), torch.zeros(25, 10, 1), "mse", steps=5)
+    assert re.search(r"2\.weight +\[40, 40\] +dense", small)
+    told = fastmaml.explain(fastmaml_sine(), torch.zeros(25, 10, 1), "mse", steps=5, fast_weights="factored")
+    assert re.search(r"2\.weight +\[40, 40\] +factored .* as told", told)
+
+
+def fastmaml_sine() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
