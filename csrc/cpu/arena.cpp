@@ -21,7 +21,7 @@ namespace {
 #if defined(FASTMAML_EXACT)
 constexpr std::size_t kKept = 0;
 #else
-constexpr std::size_t kKept = std::size_t(32) << 20;
+constexpr std::size_t kKept = std::size_t(256) << 20;
 #endif
 constexpr std::size_t kHuge = std::size_t(2) << 20;  // a large page
 

@@ -97,7 +97,7 @@ struct Sweep {
   std::vector<Pass<T>> tasks;                  // of this sweep
   const std::vector<Pass<T>>*first, *query;    // of step 0, of the query set
   int64_t frame, t_frame;                      // from a step's frames to the next one's
-  int64_t offset;                              // of the first task in the group
+  int64_t offset, begin;                       // of those side by side in the group; of this sweep's among them
   int64_t k, K;                                // the steps before this sweep, and all steps
   bool on_query;
   bool grams;  // are those of d wanted where the gradient of the input is not?
@@ -144,9 +144,8 @@ struct FactoredLayer {
 
   // The Grams of this sweep's rows with those of the steps before.
   template <bool Dual>
-  void make_grams(const Sweep<T>& s, int64_t g, Side side) const {
-    if (!s.tasks[0].plan.program.params[o.op.w].adapt || !(!Dual || has_tangent(side))) return;
-    const Pass<T>& p = s.tasks[g];
+  void make_grams(const Sweep<T>& s, const Pass<T>& p, int64_t g, Side side) const {
+    if (!p.plan.program.params[o.op.w].adapt || (Dual && !has_tangent(side))) return;
     const int64_t rows = s.rows(o), ld_rows = ld_of(p, side);
     T* const at = s.on_query ? query_gram(side, g) : gram(side, Dual, g) + s.k * n * ld;
     for (int64_t j = 0; j < s.k; ++j) {
@@ -161,10 +160,10 @@ struct FactoredLayer {
 
   // C = e(all but the product with theta), for the rows on `side`
   template <bool Dual>
-  void add_steps(const Sweep<T>& s, int64_t g, Side side, T* C, int64_t ldc, int64_t columns,
+  void add_steps(const Sweep<T>& s, const Pass<T>& p, int64_t g, Side side, T* C, int64_t ldc, int64_t columns,
                  const Activate<T>& e) {
     const Side other = side == Side::x ? Side::d : Side::x;
-    const int64_t ld_other = ld_of(s.tasks[g], other);
+    const int64_t ld_other = ld_of(p, other);
     int64_t count = 0;
     auto add = [&](const T* a, bool transposed, const T* b, int64_t rows) {
       products[count++] = {a, transposed ? 1 : ld, transposed ? ld : 1, b, ld_other, rows};
@@ -202,8 +201,8 @@ struct FactoredLayer {
       Activate<T> e = shared ? Activate<T>{} : end;
       if (e.mask) e.mask = p.value(op.out);
       e.bias = Dual ? p.t_param(op.b) : p.param(op.b);
-      make_grams<Dual>(s, g, Side::x);
-      add_steps<Dual>(s, g, Side::x, Dual ? p.t_value(op.out) : p.out(op.out), ldy,
+      make_grams<Dual>(s, p, s.begin + g, Side::x);
+      add_steps<Dual>(s, p, s.begin + g, Side::x, Dual ? p.t_value(op.out) : p.out(op.out), ldy,
                       p.plan.program.buffers[op.out].C, e);
     }
     if (!shared) return;
@@ -221,11 +220,11 @@ struct FactoredLayer {
     for (std::size_t g = 0; g < s.tasks.size(); ++g) {
       const Pass<T>& p = s.tasks[g];
       if (p.wants_param_grad(op.b)) bias_grad<Dual>(o, p);
-      if (wanted || s.grams) make_grams<Dual>(s, g, Side::d);
+      if (wanted || s.grams) make_grams<Dual>(s, p, s.begin + g, Side::d);
       if (!wanted) continue;
       Activate<T> e;
       e.add = !o.first_in0;
-      add_steps<Dual>(s, g, Side::d, Dual ? p.t_grad(op.in0) : p.grad(op.in0), ldx,
+      add_steps<Dual>(s, p, s.begin + g, Side::d, Dual ? p.t_grad(op.in0) : p.grad(op.in0), ldx,
                       p.plan.program.buffers[op.in0].C, e);
     }
     if (!wanted) return;
@@ -308,17 +307,18 @@ struct FixedInputLayer {
     const Op& op = o.op;
     for (std::size_t g = 0; g < s.tasks.size(); ++g) {
       const Pass<T>& p = s.tasks[g];
+      const int64_t task = s.begin + g;
       Activate<T> end;
       end.bias = Dual ? p.t_param(op.b) : p.param(op.b);
       if constexpr (Dual) {
         if (op.act) end.mask = p.value(op.out), end.ld_mask = ld, end.mask_slope = op.slope;
-        along(s, g, -theta.rates[s.k], p.t_value(op.out), end);
+        along(s, task, -theta.rates[s.k], p.t_value(op.out), end);
       } else {
         end.add = true, end.act = op.act, end.slope = op.slope;
         const int64_t rows = s.on_query ? q : n;
         T* const y = p.out(op.out);
-        std::memcpy(y, (s.on_query ? query : support) + (s.offset + g) * rows * ld, rows * ld * sizeof(T));
-        const Factors<T> f{(s.on_query ? query_gram : gram) + g * rows * ld_gram, ld_gram, 1, e + g * n * ld, ld, n};
+        std::memcpy(y, (s.on_query ? query : support) + (s.offset + task) * rows * ld, rows * ld * sizeof(T));
+        const Factors<T> f{(s.on_query ? query_gram : gram) + task * rows * ld_gram, ld_gram, 1, e + task * n * ld, ld, n};
         nn<T, 0>(rows, theta.forward.columns, &f, y, ld, end, s.k > 0);
       }
     }
@@ -329,14 +329,15 @@ struct FixedInputLayer {
     const Op& op = o.op;
     for (std::size_t g = 0; g < s.tasks.size(); ++g) {
       const Pass<T>& p = s.tasks[g];
+      const int64_t task = s.begin + g;
       const T* const d = Dual ? p.t_grad(op.out) : p.grad(op.out);
       if (p.wants_param_grad(op.b)) bias_grad<Dual>(o, p);
-      T* const f = support + (s.offset + g) * n * ld;
+      T* const f = support + (s.offset + task) * n * ld;
       if (s.on_query) {
-        std::memcpy(query + (s.offset + g) * q * ld, d, q * ld * sizeof(T));
+        std::memcpy(query + (s.offset + task) * q * ld, d, q * ld * sizeof(T));
         std::memset(f, 0, n * ld * sizeof(T));
       } else {
-        T* const to = Dual ? f : e + g * n * ld;
+        T* const to = Dual ? f : e + task * n * ld;
         const T scale = Dual ? T(1) : -theta.rates[s.k];
         for (int64_t i = 0; i < n * ld; ++i) to[i] += scale * d[i];
       }

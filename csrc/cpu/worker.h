@@ -24,7 +24,8 @@ struct Worker {
   std::optional<Arena> arena;
   int64_t frames = 0, weight_sets = 0;  // of the steps: frames, W_k of a task
   T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
-  int64_t frame, t_frame, clear = 0;  // floats of a step's frames; floats that start as zeros
+  int64_t frame, t_frame;  // floats of a step's frames
+  bool dual, prepared = false;  // are there tangents?
   std::vector<Pass<T>> first, query;
   Sweep<T> s;
   std::vector<std::optional<FactoredLayer<T>>> factored;  // by op
@@ -48,8 +49,7 @@ struct Worker {
     weight_sets = c.keep ? (K + c.every - 1) / c.every + 1 : 2;
     frame = plan.frame_size(N, L);
     t_frame = plan.side_by_side ? frame : plan.frame_size(std::max(N, Q), 1);
-    const bool dual = c.keep || q.tail == Tail::curvature;
-    // frames first: they must start as zeros, for the padding
+    dual = c.keep || q.tail == Tail::curvature;
     std::vector<int64_t> sizes = {frames * frame,
                                   plan.frame_size(Q, L),
                                   !dual                ? 0
@@ -57,22 +57,19 @@ struct Worker {
                                                       : t_frame,
                                   K > 0 ? c.group * N * ld0 : 0,
                                   c.group * Q * ld0};
-    const std::size_t zeros = sizes.size();
+    const std::size_t shared = sizes.size();
     for (std::size_t i = 0; i < (plan.factored ? plan.ops.size() : 0); ++i) sizes.push_back(layer_size(i));
     const std::size_t layers = sizes.size();
     sizes.insert(sizes.end(), {L * P, L * weight_sets * P, c.keep ? L * (c.every - 1) * P : 0, L * P, L * P, P});
     int64_t total = 0;
-    for (std::size_t i = 0; i < sizes.size(); ++i) {
-      total += round_up(sizes[i], 16);
-      if (i + 1 == zeros) clear = total;
-    }
+    for (int64_t size : sizes) total += round_up(size, 16);
     arena.emplace(total * sizeof(T));
     T* at = static_cast<T*>(arena->data());
     std::size_t i = 0;
     auto take = [&] { return std::exchange(at, at + round_up(sizes[i++], 16)); };
     support_frames = take(), query_frame = take(), tangent_frames = take(), x_s = take(), x_q = take();
     factored.resize(plan.ops.size()), fixed_input.resize(plan.ops.size());
-    for (std::size_t op = 0; op < layers - zeros; ++op) make_layer(op, take());
+    for (std::size_t op = 0; op < layers - shared; ++op) make_layer(op, take());
     theta_own = take(), stored = take(), segment = take(), v = take(), u = take(), g = take();
     for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(L);
     s.first = &first, s.query = &query, s.frame = frame, s.t_frame = t_frame, s.K = K,
@@ -94,8 +91,29 @@ struct Worker {
       fixed_input[op].emplace(o, c.thetas[op], N * R, Q * R, plan.ld[o.op.out], c.group, c.side_by_side, memory);
   }
 
-  // the padding of the frames must be zero
-  void prepare() { std::memset(arena->data(), 0, std::exchange(clear, 0) * sizeof(T)); }
+  // What pads the rows of the frames and of x must be zero: products read it.
+  void prepare() {
+    if (std::exchange(prepared, true)) return;
+    auto clear = [&](T* at, int64_t examples, int64_t frames, int64_t stride) {
+      for (int64_t f = 0; f < frames; ++f)
+        for (int64_t half = 0; half < 2; ++half)  // values and gradients
+          for (std::size_t b = 0; b < plan.ld.size(); ++b)
+            clear_padding(b, examples, at + f * stride + examples * (half * plan.per_example + plan.before[b]));
+    };
+    const int64_t L = c.side_by_side;
+    clear(support_frames, L * N, frames, frame);
+    clear(query_frame, L * Q, 1, 0);
+    if (plan.side_by_side) clear(tangent_frames, L * N, c.keep ? frames : 0, t_frame);
+    if (!plan.side_by_side && dual) std::memset(tangent_frames, 0, t_frame * sizeof(T));  // of either set
+    if (K > 0) clear_padding(0, c.group * N, x_s);
+    clear_padding(0, c.group * Q, x_q);
+  }
+  void clear_padding(std::size_t b, int64_t examples, T* at) const {
+    const Buffer& buffer = plan.program.buffers[b];
+    const int64_t ld = plan.ld[b], padding = ld - buffer.C;
+    for (int64_t r = 0; r < examples * buffer.R && padding; ++r)
+      std::memset(at + r * ld + buffer.C, 0, padding * sizeof(T));
+  }
 
   // An op that no parameter precedes has no tangent, and no gradient unless that of x is wanted.
   template <bool Dual, bool Forward>
@@ -148,13 +166,17 @@ struct Worker {
             carve_frame(plan, query_places, task, tangent_frames),
             weights_at(K, task)};
   }
-  // a sweep over the tasks side by side: after k steps on the support set, or on the query set
-  void set_sweep(int64_t k, bool on_query) {
-    const int64_t tasks = count;
+  // a sweep over all tasks side by side, after k steps on the support set
+  void set_support_sweep(int64_t k) {
     s.tasks.clear();
-    for (int64_t task = 0; task < tasks; ++task)
-      s.tasks.push_back(on_query ? query_pass(task) : support_pass(k, task));
-    s.k = k, s.on_query = on_query;
+    for (int64_t task = 0; task < count; ++task) s.tasks.push_back(support_pass(k, task));
+    s.k = k, s.begin = 0, s.on_query = false;
+  }
+  // on the query set, over the tasks from `begin` to `end`
+  void set_query_sweep(int64_t begin, int64_t end) {
+    s.tasks.clear();
+    for (int64_t task = begin; task < end; ++task) s.tasks.push_back(query_pass(task));
+    s.k = K, s.begin = begin, s.on_query = true;
   }
 
   const T* lr(int64_t k) const { return static_cast<const T*>(q.lr) + k * c.S; }
@@ -168,7 +190,7 @@ struct Worker {
   }
 
   void inner_step(int64_t k) {
-    set_sweep(k, false);
+    set_support_sweep(k);
     forward<false>();
     for (int64_t task = 0; task < count; ++task) {
       Pass<T>& p = s.tasks[task];
@@ -200,7 +222,7 @@ struct Worker {
 
   // dL/da_k -= v_{k+1} g_k, reduced to the shape of a_k; g is made anew from the kept activations
   void add_lr_grad(int64_t k, const Sums<T>* sums) {
-    set_sweep(k, false);
+    set_support_sweep(k);
     for (int64_t task = 0; task < count; ++task) {
       T* const at = sums[task].grad_lr + k * c.lr_size();
       // every task's g in the same place: their ops in turn
@@ -245,7 +267,7 @@ struct Worker {
   bool adjoint_step(int64_t k, const Sums<T>* sums) {
     if (q.grad_lr) add_lr_grad(k, sums);
     if (q.first_order || (k == 0 && !q.grads && !q.grad_x_s)) return false;
-    set_sweep(k, false);
+    set_support_sweep(k);
     const bool to_grads = q.grads && k == 0;
     for (int64_t task = 0; task < count; ++task) {
       Pass<T>& p = s.tasks[task];
@@ -297,9 +319,6 @@ struct Worker {
 
   // after the inner steps: the outputs of the call, and v_K
   void tail() {
-    const int64_t b = plan.program.output;
-    const Buffer& out = plan.program.buffers[b];
-    const int64_t out_size = Q * out.R * out.C;
     if (q.tail == Tail::weights) {
       for (int64_t task = 0; task < count; ++task) {
         const int64_t at = (t + task) * plan.program.P;
@@ -308,10 +327,22 @@ struct Worker {
       }
       return;
     }
-    set_sweep(K, true);
+    // Most tasks have rows enough by themselves, and stay in the cache.
+    const int64_t together = std::max<int64_t>(48 / std::max<int64_t>(Q, 1), 1);
+    for (int64_t begin = 0; begin < count; begin += together) {
+      set_query_sweep(begin, std::min(begin + together, count));
+      query_tail();
+    }
+  }
+
+  void query_tail() {
+    const int64_t b = plan.program.output;
+    const Buffer& out = plan.program.buffers[b];
+    const int64_t out_size = Q * out.R * out.C;
+    int64_t task;  // among those side by side
     forward<false>();
-    for (int64_t task = 0; task < count; ++task) {
-      const Pass<T>& p = s.tasks[task];
+    task = s.begin;
+    for (const Pass<T>& p : s.tasks) {
       const int64_t at = (t + task) * out_size;
       if (q.tail == Tail::output) {
         if (q.out) copy_rows(p.rows(b), out.C, p.value(b), p.ld(b), static_cast<T*>(q.out) + at, out.C);
@@ -322,10 +353,11 @@ struct Worker {
         if (q.loss) static_cast<T*>(q.loss)[t + task] = T(q.scale * value);
         if (q.total_loss) c.losses[t + task] = q.scale * value;
       }
+      ++task;
     }
     if (!c.adjoint && !q.grad_x_q) return;
-    for (int64_t task = 0; task < count; ++task) {
-      Pass<T>& p = s.tasks[task];
+    task = s.begin;
+    for (Pass<T>& p : s.tasks) {
       p.x_grad = q.grad_x_q;
       p.grad_dst = v + task * P;
       p.grad_scale = T(q.scale);  // and with it all that comes after, which is linear in v
@@ -336,24 +368,30 @@ struct Worker {
         p.grad_scale = T(-1);
       }
       clear_unused(p.grad_dst);
+      ++task;
     }
     backward<false>();
-    T* const x_out = static_cast<T*>(q.grad_x_q);
-    for (int64_t task = 0; task < count && x_out; ++task)
-      add_x_grad(s.tasks[task], s.tasks[task].grad_scale, s.tasks[task].grad(0), x_out + (t + task) * Q * x_size());
+    add_x_q_grad(s.tasks[0].grad_scale, false);
     if (q.tail != Tail::curvature || !plan.tangent[b]) return;
-    for (int64_t task = 0; task < count; ++task) {
-      Pass<T>& p = s.tasks[task];
+    task = s.begin;
+    for (Pass<T>& p : s.tasks) {
       c.flat_to_slots(static_cast<const T*>(q.seed) + (t + task) * plan.program.P, u + task * P);
       p.t_w = u + task * P;
       p.grad_base = v + task * P;
       p.grad_scale = 1;
+      ++task;
     }
     forward<true>();
-    for (int64_t task = 0; task < count; ++task) loss<true>(s.tasks[task], q.query, t + task);
+    task = s.begin;
+    for (const Pass<T>& p : s.tasks) loss<true>(p, q.query, t + task++);
     backward<true>();
-    for (int64_t task = 0; task < count && x_out; ++task)
-      add_x_grad(s.tasks[task], T(1), s.tasks[task].t_grad(0), x_out + (t + task) * Q * x_size());
+    add_x_q_grad(T(1), true);
+  }
+  void add_x_q_grad(T scale, bool tangent) const {
+    T* out = static_cast<T*>(q.grad_x_q);
+    if (out) out += (t + s.begin) * Q * x_size();
+    for (std::size_t i = 0; i < s.tasks.size() && out; ++i, out += Q * x_size())
+      add_x_grad(s.tasks[i], scale, tangent ? s.tasks[i].t_grad(0) : s.tasks[i].grad(0), out);
   }
 
   int64_t t = 0, count = 0;  // the tasks of the sweeps now: the first, how many
