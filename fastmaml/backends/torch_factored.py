@@ -9,6 +9,7 @@ a tangent, so that B and A are the direction u of the dual sweep. theta is the o
 products those of the rows of all tasks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,7 @@ class _Layer:
 class _Linear(TorchFunctionMode):
     """Catches the linear layers of these weights, and keeps their inputs."""
 
-    def __init__(self, layers: list[_Layer], parts: list[tuple[Any, ...]]) -> None:
+    def __init__(self, layers: list[_Layer], parts: Sequence[tuple[Any, ...] | None]) -> None:
         super().__init__()
         self.parts = {id(layer.theta): part for layer, part in zip(layers, parts, strict=True)}
         self.x: dict[int, Tensor] = {}
@@ -47,10 +48,11 @@ class _Linear(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         y = func(*args, **kwargs)
         rows = self.x[key] = x.reshape(-1, x.shape[-1])
-        d_j, x_j, a, b, probe = self.parts[key]
-        more = probe
-        if d_j is not None:
-            more = more - (rows @ x_j.mT) @ d_j
+        part = self.parts[key]
+        if part is None:
+            return y
+        d_j, x_j, a, b, probe = part
+        more = probe - (rows @ x_j.mT) @ d_j
         if a is not None:
             more = more + (rows @ b.mT) @ a
         return y + more.reshape(y.shape)
@@ -74,8 +76,7 @@ class FactoredLoop:
 
     def _output_rows(self, x: Tensor) -> list[int]:
         """Rows of a task that each layer has for x, found by one forward of one task."""
-        parts = [(None, None, None, None, x.new_zeros(())) for _ in self.layers]
-        with _Linear(self.layers, parts) as caught, torch.no_grad():
+        with _Linear(self.layers, [None] * len(self.layers)) as caught, torch.no_grad():
             self.backend._output(self.problem, self._weights({i: w[0] for i, w in self.w.items()}), x[0])
         return [len(caught.x[id(layer.theta)]) for layer in self.layers]
 
