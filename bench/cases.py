@@ -46,7 +46,9 @@ class Case:
 
     def data(self, dtype: torch.dtype = torch.float32) -> tuple[Examples, Examples]:
         """Support and query examples from a fixed seed."""
-        make = {"sine": _sine, "mlp": _regression, "omniglot-mlp": _images, "wide": _images}[self.name.split("/")[0]]
+        make = {"sine": _sine, "mlp": _regression, "omniglot-mlp": _images, "wide": _images}[
+            self.name.split("/")[0]
+        ]
         x, y = make(self, torch.Generator().manual_seed(1))
         x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
         n = self.support
@@ -94,7 +96,9 @@ CASES = (
     _WIDE,
     _OMNIGLOT,
     replace(_OMNIGLOT, name="omniglot-mlp/5-steps", steps=5),
-    replace(_OMNIGLOT, name="omniglot-mlp/20w5s", widths=(*_PIXELS[:-1], 20), support=100, query=300, steps=5),
+    replace(
+        _OMNIGLOT, name="omniglot-mlp/20w5s", widths=(*_PIXELS[:-1], 20), support=100, query=300, steps=5
+    ),
     _BROAD,
     replace(_BROAD, name="wide/4096", widths=(4096, 4096, 4096, 5)),
 )

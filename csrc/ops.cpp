@@ -125,9 +125,11 @@ class Builder {
       int64_t uses = 0, at = -1;
       for (std::size_t i = 0; i < p.ops.size(); ++i)
         if (p.ops[i].w == w || p.ops[i].b == w) at = i, ++uses;
-      STD_TORCH_CHECK(uses == 1 && p.ops[at].kind == Kind::linear && p.ops[at].w == w && !q.own[w] && q.S != p.P,
-                      "parameter ", w, " cannot be factored: it is not the weight of one linear layer, shared by all "
-                      "tasks, with one step size");
+      STD_TORCH_CHECK(
+          uses == 1 && p.ops[at].kind == Kind::linear && p.ops[at].w == w && !q.own[w] && q.S != p.P,
+          "parameter ", w,
+          " cannot be factored: it is not the weight of one linear layer, shared by all "
+          "tasks, with one step size");
       q.factored.resize(p.ops.size());
       q.factored[at] = 1;
     }
@@ -220,9 +222,9 @@ Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, Maybe
 }
 
 Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s, Tensor x_q,
-                  Tensor y_q, MaybeTensor weight_q, Text program, std::vector<int64_t> factored, int64_t steps,
-                  bool first_order, int64_t checkpoint_every, bool per_task, double scale, bool grad_params, bool grad_lr,
-                  bool grad_x_s, bool grad_x_q) {
+                  Tensor y_q, MaybeTensor weight_q, Text program, std::vector<int64_t> factored,
+                  int64_t steps, bool first_order, int64_t checkpoint_every, bool per_task, double scale,
+                  bool grad_params, bool grad_lr, bool grad_x_s, bool grad_x_q) {
   Builder b(params, x_s, program, Tail::loss);
   b.q.support = b.set(x_s, &y_s, weight_s);
   b.q.query = b.set(x_q, &y_q, weight_q);

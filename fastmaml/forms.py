@@ -37,9 +37,10 @@ class Sizes:
 
 
 def layers(problem: "Problem") -> list[LinearLayer]:
+    """The linear layers of the model, as far as they are known."""
     program = problem.program
-    if program is None:
-        return []
+    if program is None:  # those that the torch backend has found
+        return problem.memo.get("linear layers", [])
     index = {name: i for i, name in enumerate(problem.names)}
     used = [p for op in program.ops for p in op.params]
     found = []
@@ -60,7 +61,9 @@ def check(fast_weights: Any) -> None:
     forms = fast_weights.values() if isinstance(fast_weights, Mapping) else [fast_weights]
     for form in forms:
         if form not in (None, *FORMS):
-            raise ValueError(f'fast_weights must be None, "dense", "factored" or a dict of them, got {form!r}')
+            raise ValueError(
+                f'fast_weights must be None, "dense", "factored" or a dict of them, got {form!r}'
+            )
 
 
 def choose(
@@ -82,7 +85,9 @@ def choose(
     named = fast_weights if isinstance(fast_weights, Mapping) else {}
     names = {problem.names[layer.weight] for layer in known}
     if unknown := sorted(set(named) - names):
-        raise ValueError(f"fast_weights names {unknown}, which are no weights of linear layers: {sorted(names)}")
+        raise ValueError(
+            f"fast_weights names {unknown}, which are no weights of linear layers: {sorted(names)}"
+        )
     chosen, reasons = [], []
     fast = fastest([layer for layer in known if why_dense(layer, own, per_element) is None], sizes)
     for layer in known:
@@ -134,7 +139,13 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
         return 0.0129 * IO * 2 * (N + Q) + 0.0133 * thin + 1.135 * O * 2 * (N * K + Q) + 2.37 * IO / together
     thin = 4 * K * N * (I + O) * ((K - 1) * N + Q)
     rows = (I + O) * (4 * N * K + 2 * Q)
-    return 0.0117 * IO * (6 * N * K + 3 * Q) + 0.0187 * thin + 0.528 * rows + 59.3 * (K * K + 4 * K) + 2.08 * IO / T
+    return (
+        0.0117 * IO * (6 * N * K + 3 * Q)
+        + 0.0187 * thin
+        + 0.528 * rows
+        + 59.3 * (K * K + 4 * K)
+        + 2.08 * IO / T
+    )
 
 
 def fastest(layers: list[LinearLayer], sizes: Sizes) -> set[int]:

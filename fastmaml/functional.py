@@ -127,7 +127,17 @@ def meta_value_and_grad(
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     with torch.no_grad():
         problem, name, rates, data, ws, factored = _enter_meta(
-            model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
+            model,
+            params,
+            support,
+            query,
+            loss,
+            lr,
+            steps,
+            backend,
+            chunk_tasks,
+            checkpoint_every,
+            fast_weights,
         )
         how = problem, name, chunk_tasks, _PARAMS, steps, first_order, checkpoint_every, reduction, factored
         value, grads, *_ = _run_meta(how, rates, data, ws)
@@ -156,7 +166,7 @@ def _enter_meta(
                 check_labels("support y", y_s, classes)
                 check_labels("query y", y_q, classes)
             rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
-            factored = _factored(model, problem, loss, name, rates, x_s, x_q, ws, fast_weights)
+            factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, factored
     problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
     x_q = check_x("query x", x_q)
@@ -170,14 +180,14 @@ def _enter_meta(
     if seen and tuple(params) == problem.names:
         problem.memo["seen"] = seen
     rates = step_sizes(problem, lr, steps, x_s)
-    factored = _factored(model, problem, loss, name, rates, x_s, x_q, ws, fast_weights)
+    factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
     return problem, name, rates, data, ws, factored
 
 
-def _factored(model, problem, loss, name, rates, x_s, x_q, ws, fast_weights) -> tuple[int, ...]:
+def _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights) -> tuple[int, ...]:
     own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
     sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0]
-    how = name, sizes, own, rates.shape[1], fast_weights
+    how = sizes, own, rates.shape[1], fast_weights
     if torch.compiler.is_compiling():
         return factored_weights_of(model, tuple(x_s.shape[2:]), loss, *how)
     return factored_weights(problem, *how)

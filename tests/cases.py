@@ -123,7 +123,9 @@ def step_sizes(draw, params: dict[str, Tensor], steps: int, scale: float) -> Any
 def forms(draw, model: nn.Module, own: bool, lr: Any) -> Any:
     """What to pass as fast_weights: for all layers, or for each of those that can be factored."""
     uses = [p for m in model.modules() if isinstance(m, nn.Sequential) for p in _weights(m)]
-    each = [a for row in (lr if isinstance(lr, list) else [lr]) if isinstance(row, dict) for a in row.values()]
+    each = [
+        a for row in (lr if isinstance(lr, list) else [lr]) if isinstance(row, dict) for a in row.values()
+    ]
     if own or any(isinstance(a, Tensor) and a.dim() for a in each):
         return draw(st.sampled_from([None, "dense"]))
     can = [n for n, p in model.named_parameters() if p.dim() == 2 and sum(p is w for w in uses) == 1]

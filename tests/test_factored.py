@@ -73,7 +73,10 @@ def refuse(match: str, **how) -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    refuse(re.escape('must be None, "dense", "factored" or a dict of them, got \'sparse\''), fast_weights="sparse")
+    refuse(
+        re.escape('must be None, "dense", "factored" or a dict of them, got \'sparse\''),
+        fast_weights="sparse",
+    )
     refuse("'half'", fast_weights={"0.weight": "half"})
     refuse(r"names \['1.weight'\]", fast_weights={"1.weight": "dense"})
     each = {n: torch.full_like(p, 0.1) for n, p in network().named_parameters()}
@@ -112,10 +115,14 @@ def test_maml_passes_it_on() -> None:
 
 
 def test_wide_layers_are_factored_and_explain_says_so() -> None:
-    model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 5))
+    model = nn.Sequential(
+        nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 5)
+    )
     said = fastmaml.explain(model, torch.zeros(32, 5, 784), "cross_entropy", steps=5, queries=75)
     assert "T=32 N=5, 75 query examples, 5 steps" in said
-    assert re.search(r"2\.weight +\[1024, 1024\] +factored +factored would take 0\.\d+ of the dense time", said)
+    assert re.search(
+        r"2\.weight +\[1024, 1024\] +factored +factored would take 0\.\d+ of the dense time", said
+    )
     small = fastmaml.explain(fastmaml_sine(), torch.zeros(25, 10, 1), "mse", steps=5)
     assert re.search(r"2\.weight +\[40, 40\] +dense", small)
     told = fastmaml.explain(fastmaml_sine(), torch.zeros(25, 10, 1), "mse", steps=5, fast_weights="factored")
@@ -124,3 +131,44 @@ def test_wide_layers_are_factored_and_explain_says_so() -> None:
 
 def fastmaml_sine() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+
+
+class Odd(nn.Module):
+    """No Program: a sine, rows within an example, a weight that something else reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.read = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [N, 2, 3]
+        h = torch.sin(self.second(torch.sin(self.first(x))))
+        h = self.read(h) * (1 + self.read.weight.square().mean())
+        return self.head(h.flatten(1))
+
+
+@pytest.mark.parametrize("how", [{}, {"first_order": True}, {"reduction": "sum"}])
+def test_the_torch_backend_finds_linear_layers_without_a_program(how: dict) -> None:
+    torch.manual_seed(0)
+    model = Odd().double()
+    data = [(torch.randn(T, n, 2, 3).double(), torch.randn(T, n, 2).double()) for n in (N, Q)]
+    truth = gradients(reference, model, data, **how)
+    with pytest.warns(UserWarning, match="falls back to its torch backend"):
+        gradients(functional, model, data, **how)
+    (problem,) = [p for p in [problem_for(model, (2, 3), MSE())] if p.program is None]
+    found = {problem.names[layer.weight]: (layer.rows, layer.tied) for layer in forms.layers(problem)}
+    assert found == {
+        "first.weight": (2, False),
+        "second.weight": (2, False),
+        "read.weight": (2, True),
+        "head.weight": (1, False),
+    }
+    for form in ("factored", {"second.weight": "factored"}):
+        assert error(gradients(functional, model, data, fast_weights=form, **how), truth) < 1e-12
+
+
+def test_a_loss_without_forward_derivatives_stays_dense() -> None:
+    model, data = network(), tasks()
+    how = {"loss": nn.functional.huber_loss, "backend": "torch"}
+    truth = gradients(reference, model, data, loss=nn.functional.huber_loss)
+    assert error(gradients(functional, model, data, fast_weights="factored", **how), truth) < 1e-12

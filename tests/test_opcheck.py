@@ -28,7 +28,23 @@ def _arguments(own: bool):
         "value_and_grad_backward": (params, *s, torch.randn(T), v, program, False, True, True),
         "inner_loop": (params, lr, *s, program, K),
         "inner_loop_backward": (params, lr, *s, v, program, K, False, 0, True, True, True),
-        "meta_loss": (params, lr, *s, *q, program, factored, K, False, 1, False, 0.5, True, True, True, False),
+        "meta_loss": (
+            params,
+            lr,
+            *s,
+            *q,
+            program,
+            factored,
+            K,
+            False,
+            1,
+            False,
+            0.5,
+            True,
+            True,
+            True,
+            False,
+        ),
     }
 
 

@@ -42,9 +42,9 @@ void from_slot(const Slot& s, const T* from, T* to) {
     copy_rows(s.rows, s.cols, from, s.ld, to, s.cols);
 }
 
-// How the tasks are divided: into sets, each with a sum of its own of the gradients. The sets are run in rounds, of
-// which one is in memory, and these in groups of whole sets, one for a thread. The sets are the same for any number of
-// threads, and so is every result.
+// How the tasks are divided: into sets, each with a sum of its own of the gradients. The sets are run in
+// rounds, of which one is in memory, and these in groups of whole sets, one for a thread. The sets are the
+// same for any number of threads, and so is every result.
 struct Partition {
   int64_t T = 0, sets = 1, rounds = 1, threads = 0;
 
@@ -58,7 +58,8 @@ struct Partition {
   int64_t largest_group() const {
     int64_t most = 1;
     for (int64_t r = 0; r < rounds; ++r)
-      for (int64_t j = 0; j < groups(r); ++j) most = std::max(most, task(group(r, j + 1)) - task(group(r, j)));
+      for (int64_t j = 0; j < groups(r); ++j)
+        most = std::max(most, task(group(r, j + 1)) - task(group(r, j)));
     return most;
   }
 };
@@ -74,9 +75,9 @@ struct Call {
   bool any_own = false;
   Partition parts;
   int64_t group = 1, side_by_side = 1;  // most tasks that share a product with theta; of them, in one sweep
-  std::unique_ptr<T[]> theta;        // in slots, where shared by the tasks
-  std::unique_ptr<T[]> minus_lr;     // [K, P] in slots: -a, where it has a number for each element
-  std::unique_ptr<double[]> losses;  // [T], where their sum is wanted
+  std::unique_ptr<T[]> theta;           // in slots, where shared by the tasks
+  std::unique_ptr<T[]> minus_lr;        // [K, P] in slots: -a, where it has a number for each element
+  std::unique_ptr<double[]> losses;     // [T], where their sum is wanted
   std::optional<Arena> packed;
   std::vector<Theta<T>> thetas;       // of the factored layers, by op
   std::vector<std::vector<T>> rates;  // [K] for each
@@ -159,14 +160,16 @@ struct Call {
     });
   }
 
-  // both: numbers in a sum over tasks, 0 for none. A factored program's thread has 80 rows for its product with
-  // theta, or what 2 MiB hold: with fewer it would read theta too often, with many more they fall out of the cache
-  // between two ops (measured). A round has no more than some 256 MiB hold.
+  // both: numbers in a sum over tasks, 0 for none. A factored program's thread has 80 rows for its product
+  // with theta, or what 2 MiB hold: with fewer it would read theta too often, with many more they fall out of
+  // the cache between two ops (measured). A round has no more than some 256 MiB hold.
   void divide(int64_t both) {
     const int64_t n = std::max<int64_t>(N, 1), least = plan.factored ? std::max<int64_t>(10 / n, 1) : 1;
     parts = {q.T, (q.T + least - 1) / least};
     const int64_t most = plan.factored || both == 0 ? parts.sets : 64;
-    if (both > 0) parts.sets = std::min(parts.sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
+    if (both > 0)
+      parts.sets =
+          std::min(parts.sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
     if (!plan.factored) return;
     const int64_t steps = plan.side_by_side ? K : 1, MiB = int64_t(1) << 20;
     const int64_t each = (4 * steps * N * plan.per_example + 2 * Q * plan.per_example + 1) * sizeof(T);

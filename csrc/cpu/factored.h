@@ -1,18 +1,20 @@
-// A linear layer whose fast weights are never formed. SGD changes a weight by outer products of the layer's inputs
-// x_j and output gradients d_j [n, ..] of the steps, and so does the adjoint recursion with v:
+// A linear layer whose fast weights are never formed. SGD changes a weight by outer products of the layer's
+// inputs x_j and output gradients d_j [n, ..] of the steps, and so does the adjoint recursion with v:
 //   W_k = theta - sum_{j<k} a_j d_j^T x_j
 //   v_k = -(d_q^T x_q + sum_{j>=k} t_d_j^T x_j + d_j^T t_x_j)       d_q: of the query set, times -1
-// where the tangents t are those of the dual sweep of step j, along u = a_j v_{j+1}. So with x for either of x_k, t_x_k
+// where the tangents t are those of the dual sweep of step j, along u = a_j v_{j+1}. So with x for either of
+// x_k, t_x_k
 //   x W_k^T   = x theta^T + sum_{j<k} (-a_j x x_j^T) d_j
 //   x_k u^T   = (-a_k x_q x_k^T)^T d_q + sum_{j>k} (-a_k x_j x_k^T)^T t_d_j + (-a_k t_x_j x_k^T)^T d_j
 // and with the parts of x and d exchanged
 //   d W_k     = d theta + sum_{j<k} (-a_j d d_j^T) x_j
 //   d_k u     = (-a_k d_q d_k^T)^T x_q + sum_{j>k} (-a_k d_j d_k^T)^T t_x_j + (-a_k t_d_j d_k^T)^T x_j
-// Everything in brackets is a Gram matrix that an earlier sweep has made: each is computed once, and kept with its
-// factor -a. The rows are those that the sweeps leave in their frames. The products with theta are done for the rows
-// of all tasks side by side, the others by task.
+// Everything in brackets is a Gram matrix that an earlier sweep has made: each is computed once, and kept
+// with its factor -a. The rows are those that the sweeps leave in their frames. The products with theta are
+// done for the rows of all tasks side by side, the others by task.
 //
-// Where the input is x itself, it is the same in every step: with e_k = sum_{j<k} -a_j d_j and f_k = sum_{j>k} t_d_j
+// Where the input is x itself, it is the same in every step: with e_k = sum_{j<k} -a_j d_j and f_k =
+// sum_{j>k} t_d_j
 //   x W_k^T = x theta^T + (x x_s^T) e_k,   x_s u^T = -a_k ((x_q x_s^T)^T d_q + (x_s x_s^T) f_k),
 //   v_k = -(d_q^T x_q + f_{k-1}^T x_s),    x theta^T and the Grams once for all steps.
 #pragma once
@@ -40,8 +42,8 @@ struct Packed {
           panel[k * width + j] = j < some ? from[k * row + (c + j) * step] : T(0);
   }
 
-  // C = e(A this) for A [M, K], without a bias. A block of A that fits in L2 meets every panel; a piece of a panel that fits in L1
-  // meets all rows of the block before the next.
+  // C = e(A this) for A [M, K], without a bias. A block of A that fits in L2 meets every panel; a piece of a
+  // panel that fits in L1 meets all rows of the block before the next.
   void times(int64_t M, const T* a, int64_t lda, T* C, int64_t ldc, const Activate<T>& e) const {
     const int64_t deep = (K + 1023) / 1024, fit = std::max<int64_t>((768 << 10) * deep / (K * sizeof(T)), 1),
                   high = (M + fit - 1) / fit;
@@ -94,11 +96,11 @@ struct OuterProduct {
 // A sweep over the tasks side by side, and where the rows of the others are.
 template <class T>
 struct Sweep {
-  std::vector<Pass<T>> tasks;                  // of this sweep
-  const std::vector<Pass<T>>*first, *query;    // of step 0, of the query set
-  int64_t frame, t_frame;                      // from a step's frames to the next one's
-  int64_t offset, begin;                       // of those side by side in the group; of this sweep's among them
-  int64_t k, K;                                // the steps before this sweep, and all steps
+  std::vector<Pass<T>> tasks;                // of this sweep
+  const std::vector<Pass<T>>*first, *query;  // of step 0, of the query set
+  int64_t frame, t_frame;                    // from a step's frames to the next one's
+  int64_t offset, begin;                     // of those side by side in the group; of this sweep's among them
+  int64_t k, K;                              // the steps before this sweep, and all steps
   bool on_query;
   bool grams;  // are those of d wanted where the gradient of the input is not?
 
@@ -110,7 +112,7 @@ template <class T>
 struct FactoredLayer {
   const OpPlan& o;
   const Theta<T>& theta;
-  int64_t n, q, ld;   // rows of a task in the two sets; of the Grams
+  int64_t n, q, ld;  // rows of a task in the two sets; of the Grams
   int64_t K;
   T* grams;
   std::vector<Factors<T>> products;
@@ -149,7 +151,11 @@ struct FactoredLayer {
     const int64_t rows = s.rows(o), ld_rows = ld_of(p, side);
     T* const at = s.on_query ? query_gram(side, g) : gram(side, Dual, g) + s.k * n * ld;
     for (int64_t j = 0; j < s.k; ++j) {
-      const Factors<T> f{rows_of(p, side, Dual), ld_rows, 1, rows_of_step(s, j, g, side, false), ld_rows,
+      const Factors<T> f{rows_of(p, side, Dual),
+                         ld_rows,
+                         1,
+                         rows_of_step(s, j, g, side, false),
+                         ld_rows,
                          p.plan.program.buffers[side == Side::x ? o.op.in0 : o.op.out].C};
       nt<T, 1>(rows, n, &f, at + j * n, ld, Activate<T>{});
       const T scale = gram_scale(j);
@@ -160,8 +166,8 @@ struct FactoredLayer {
 
   // C = e(all but the product with theta), for the rows on `side`
   template <bool Dual>
-  void add_steps(const Sweep<T>& s, const Pass<T>& p, int64_t g, Side side, T* C, int64_t ldc, int64_t columns,
-                 const Activate<T>& e) {
+  void add_steps(const Sweep<T>& s, const Pass<T>& p, int64_t g, Side side, T* C, int64_t ldc,
+                 int64_t columns, const Activate<T>& e) {
     const Side other = side == Side::x ? Side::d : Side::x;
     const int64_t ld_other = ld_of(p, other);
     int64_t count = 0;
@@ -177,8 +183,7 @@ struct FactoredLayer {
         const int64_t block = j * n * ld + s.k * n;
         if (has_tangent(other))
           add(gram(side, false, g) + block, true, rows_of_step(s, j, g, other, true), n);
-        if (has_tangent(side))
-          add(gram(side, true, g) + block, true, rows_of_step(s, j, g, other, false), n);
+        if (has_tangent(side)) add(gram(side, true, g) + block, true, rows_of_step(s, j, g, other, false), n);
       }
     }
     nn<T, 0>(s.rows(o), columns, products.data(), C, ldc, e, count);
@@ -265,8 +270,8 @@ struct FactoredLayer {
   }
 };
 
-// What a layer of form `fixed_input` keeps: `base` for the group of tasks that share the product of x with theta, the
-// rest for those side by side.
+// What a layer of form `fixed_input` keeps: `base` for the group of tasks that share the product of x with
+// theta, the rest for those side by side.
 template <class T>
 struct FixedInputLayer {
   const OpPlan& o;
@@ -318,7 +323,8 @@ struct FixedInputLayer {
         const int64_t rows = s.on_query ? q : n;
         T* const y = p.out(op.out);
         std::memcpy(y, (s.on_query ? query : support) + (s.offset + task) * rows * ld, rows * ld * sizeof(T));
-        const Factors<T> f{(s.on_query ? query_gram : gram) + task * rows * ld_gram, ld_gram, 1, e + task * n * ld, ld, n};
+        const Factors<T> f{
+            (s.on_query ? query_gram : gram) + task * rows * ld_gram, ld_gram, 1, e + task * n * ld, ld, n};
         nn<T, 0>(rows, theta.forward.columns, &f, y, ld, end, s.k > 0);
       }
     }
@@ -347,7 +353,8 @@ struct FixedInputLayer {
   // y = end(scale x_s v^T) with v = d_q^T x_q + f_k^T x_s
   void along(const Sweep<T>& s, int64_t g, T scale, T* y, const Activate<T>& end) const {
     for (int64_t i = 0; i < n * ld_gram; ++i) scaled[i] = scale * gram[g * n * ld_gram + i];
-    for (int64_t i = 0; i < q * ld_gram; ++i) scaled[n * ld_gram + i] = scale * query_gram[g * q * ld_gram + i];
+    for (int64_t i = 0; i < q * ld_gram; ++i)
+      scaled[n * ld_gram + i] = scale * query_gram[g * q * ld_gram + i];
     const Factors<T> f[2] = {{scaled, ld_gram, 1, support + (s.offset + g) * n * ld, ld, n},
                              {scaled + n * ld_gram, 1, ld_gram, query + (s.offset + g) * q * ld, ld, q}};
     nn<T, 2>(n, theta.forward.columns, f, y, ld, end);
@@ -359,7 +366,8 @@ struct FixedInputLayer {
     const T* const d = (*s.first)[g].grad(o.op.out) + k * s.frame;
     double total = 0;
     for (int64_t r = 0; r < n; ++r)
-      for (int64_t i = r * ld; i < r * ld + theta.forward.columns; ++i) total += double(d[i]) * double(scratch[i]);
+      for (int64_t i = r * ld; i < r * ld + theta.forward.columns; ++i)
+        total += double(d[i]) * double(scratch[i]);
     return total;
   }
 };

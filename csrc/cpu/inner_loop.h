@@ -1,4 +1,5 @@
-// The whole inner loop, tail and adjoint (DESIGN: v_k = v_{k+1} - H_k (a_k v_{k+1})), for every task of a call.
+// The whole inner loop, tail and adjoint (DESIGN: v_k = v_{k+1} - H_k (a_k v_{k+1})), for every task of a
+// call.
 #pragma once
 #include "worker.h"
 
@@ -7,8 +8,9 @@ namespace fastmaml::FASTMAML_ISA {
 // The gradient of a factored layer's theta [O, I]: minus the sum of its outer products d^T x.
 template <class T>
 struct OuterProducts {
-  // The block of it that is made at once, and how many rows of d and x are multiplied before the next: d's part is
-  // packed, x's stays in L2 while the block's rows go over it, and is read again for as few blocks as can be.
+  // The block of it that is made at once, and how many rows of d and x are multiplied before the next: d's
+  // part is packed, x's stays in L2 while the block's rows go over it, and is read again for as few blocks as
+  // can be.
   static constexpr int64_t rows = 96, columns = 512, most = 256;
 
   int64_t I;
@@ -26,7 +28,8 @@ struct OuterProducts {
     }
   }
   void close() {
-    if ((ends.empty() ? 0 : ends.back()) < static_cast<int64_t>(products.size())) ends.push_back(products.size());
+    if ((ends.empty() ? 0 : ends.back()) < static_cast<int64_t>(products.size()))
+      ends.push_back(products.size());
     filled = 0;
   }
 
@@ -45,16 +48,17 @@ struct OuterProducts {
       int64_t depth = 0;
       for (int64_t j = begin; j < end; ++j) {
         const Factors<T>& p = products[j];
-        for (int64_t r = 0; r < p.K; ++r, at += rows) std::memcpy(at, p.a + r * p.a_col + o, o_size * sizeof(T));
+        for (int64_t r = 0; r < p.K; ++r, at += rows)
+          std::memcpy(at, p.a + r * p.a_col + o, o_size * sizeof(T));
         depth += p.K;
       }
       column_panels<T>(i_size, [&](auto vectors, int64_t c) {
         constexpr int64_t width = vectors * lanes<T>;
         T* const x = packed_x + most * c;
         for (int64_t j = begin, r = 0; j < end; ++j)
-          for (int64_t k = 0; k < products[j].K; ++k, ++r)
-            FASTMAML_UNROLL(v, vectors) {
-              store(x + r * width + v * lanes<T>, load(products[j].b + k * products[j].ldb + i + c + v * lanes<T>));
+          for (int64_t k = 0; k < products[j].K; ++k, ++r) FASTMAML_UNROLL(v, vectors) {
+              store(x + r * width + v * lanes<T>,
+                    load(products[j].b + k * products[j].ldb + i + c + v * lanes<T>));
             });
         const bool first = begin == 0 && !add;
         const Factors<T> f{packed, 1, rows, x - c, width, depth};
@@ -169,9 +173,8 @@ struct Run {
     for (int64_t i = 0; i < at_once; ++i) workers.emplace_back(new Worker<T>(c));
     for (int64_t round = 0; round < parts.rounds; ++round) {
       // what a worker has of a factored layer must last until it is written
-      parallel(parts.groups(round), q.threads, [&](int64_t j, int worker) {
-        run_group(round, j, c.plan.factored ? j : worker);
-      });
+      parallel(parts.groups(round), q.threads,
+               [&](int64_t j, int worker) { run_group(round, j, c.plan.factored ? j : worker); });
       if (c.plan.factored && q.grads) write_factored(round);
     }
     if (q.total_loss) {
@@ -191,8 +194,6 @@ struct Run {
   }
 };
 
-inline void run_request(const Request& q) {
-  q.is_double ? Run<double>{q}.run() : Run<float>{q}.run();
-}
+inline void run_request(const Request& q) { q.is_double ? Run<double>{q}.run() : Run<float>{q}.run(); }
 
 }  // namespace fastmaml::FASTMAML_ISA

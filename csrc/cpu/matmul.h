@@ -110,10 +110,10 @@ FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int6
       });
     }
   };
-  if constexpr (NP > 0)
-    FASTMAML_UNROLL(p, NP) { product(f[p]); });
-  else
-    for (int64_t p = 0; p < count; ++p) product(f[p]);
+  if constexpr (NP > 0) FASTMAML_UNROLL(p, NP) {
+      product(f[p]);
+    });
+  else for (int64_t p = 0; p < count; ++p) product(f[p]);
   FASTMAML_UNROLL(i, MR) { e.finish(acc[i], m + i, c, C, ldc); });
 }
 

@@ -149,8 +149,10 @@ void norm_backward(const OpPlan& o, const Pass<T>& p) {
         store(dz + e, o.first_in0 ? v : load(dz + e) + v);
       }
     }
-    if (p.wants_param_grad(op.w)) column_sum<T, 1>(rows, width, ld, {{dy, keep.h}}, p.param_grad(op.w, o.first_w));
-    if (p.wants_param_grad(op.b)) column_sum<T, 1>(rows, width, ld, {{dy, nullptr}}, p.param_grad(op.b, o.first_b));
+    if (p.wants_param_grad(op.w))
+      column_sum<T, 1>(rows, width, ld, {{dy, keep.h}}, p.param_grad(op.w, o.first_w));
+    if (p.wants_param_grad(op.b))
+      column_sum<T, 1>(rows, width, ld, {{dy, nullptr}}, p.param_grad(op.b, o.first_b));
   } else {
     const NormSaved<Across, T> t_keep(o, p, p.tangent);
     const T* t_w = p.t_param(op.w);

@@ -9,8 +9,8 @@ namespace fastmaml {
 
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
-// The distance of rows of `width` numbers. Where it is a multiple of a large power of two they would share a few
-// sets of the cache: such lie a line further apart.
+// The distance of rows of `width` numbers. Where it is a multiple of a large power of two they would share a
+// few sets of the cache: such lie a line further apart.
 inline int64_t apart(int64_t width, int64_t power, int64_t line) {
   return width % power == 0 ? width + line : width;
 }
@@ -25,8 +25,8 @@ struct Slot {
   int64_t size() const { return rows * ld; }
 };
 
-// How a linear layer's fast weights are held: as a matrix for each task, or as theta and the rows that the steps
-// leave (factored.h); `fixed_input` where these are the rows of x in every step.
+// How a linear layer's fast weights are held: as a matrix for each task, or as theta and the rows that the
+// steps leave (factored.h); `fixed_input` where these are the rows of x in every step.
 enum class Form { dense, factored, fixed_input };
 
 struct OpPlan {
@@ -50,8 +50,9 @@ struct Plan {
   int64_t P = 0;  // floats of all slots
   int64_t per_example = 0, saved_each = 0, saved_fixed = 0;
   bool tied = false, frozen = false;
-  bool factored = false;      // is any layer
-  bool side_by_side = false;  // have tasks to run so, for a product of all of them with one theta in each step?
+  bool factored = false;  // is any layer
+  bool side_by_side =
+      false;  // have tasks to run so, for a product of all of them with one theta in each step?
 
   int64_t saved_size(int64_t n) const { return n * saved_each + saved_fixed; }
   int64_t frame_size(int64_t n, int64_t tasks) const {

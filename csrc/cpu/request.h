@@ -31,8 +31,8 @@ struct Request {
   int64_t checkpoint_every = 0;  // 0: keep every W_k
   bool first_order = false;
   std::vector<char> factored;  // for each op: a linear layer whose weights stay factors; empty: none
-  double scale = 1;       // of the losses and the gradients of Tail::loss
-  bool per_task = false;  // gradients [T, ..] instead of summed [1, ..]
+  double scale = 1;            // of the losses and the gradients of Tail::loss
+  bool per_task = false;       // gradients [T, ..] instead of summed [1, ..]
   int threads = 1;
 
   std::vector<const void*> params;

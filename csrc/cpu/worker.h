@@ -5,15 +5,16 @@
 
 namespace fastmaml::FASTMAML_ISA {
 
-// Where a task's gradients by params [P] and lr [K, S] go, in slots; null: not wanted. `add`: to what is there.
+// Where a task's gradients by params [P] and lr [K, S] go, in slots; null: not wanted. `add`: to what is
+// there.
 template <class T>
 struct Sums {
   T *grads, *grad_lr;
   bool add;
 };
 
-// Runs a group of tasks, one after another or, where a factored layer multiplies the rows of all of them with its
-// theta in every step, side by side. Nothing is allocated after the constructor.
+// Runs a group of tasks, one after another or, where a factored layer multiplies the rows of all of them with
+// its theta in every step, side by side. Nothing is allocated after the constructor.
 template <class T>
 struct Worker {
   const Call<T>& c;
@@ -24,7 +25,7 @@ struct Worker {
   std::optional<Arena> arena;
   int64_t frames = 0, weight_sets = 0;  // of the steps: frames, W_k of a task
   T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
-  int64_t frame, t_frame;  // floats of a step's frames
+  int64_t frame, t_frame;       // floats of a step's frames
   bool dual, prepared = false;  // are there tangents?
   std::vector<Pass<T>> first, query;
   Sweep<T> s;
@@ -50,17 +51,16 @@ struct Worker {
     frame = plan.frame_size(N, L);
     t_frame = plan.side_by_side ? frame : plan.frame_size(std::max(N, Q), 1);
     dual = c.keep || q.tail == Tail::curvature;
-    std::vector<int64_t> sizes = {frames * frame,
-                                  plan.frame_size(Q, L),
-                                  !dual                ? 0
+    std::vector<int64_t> sizes = {frames * frame, plan.frame_size(Q, L),
+                                  !dual               ? 0
                                   : plan.side_by_side ? frames * t_frame
                                                       : t_frame,
-                                  K > 0 ? c.group * N * ld0 : 0,
-                                  c.group * Q * ld0};
+                                  K > 0 ? c.group * N * ld0 : 0, c.group * Q * ld0};
     const std::size_t shared = sizes.size();
     for (std::size_t i = 0; i < (plan.factored ? plan.ops.size() : 0); ++i) sizes.push_back(layer_size(i));
     const std::size_t layers = sizes.size();
-    sizes.insert(sizes.end(), {L * P, L * weight_sets * P, c.keep ? L * (c.every - 1) * P : 0, L * P, L * P, P});
+    sizes.insert(sizes.end(),
+                 {L * P, L * weight_sets * P, c.keep ? L * (c.every - 1) * P : 0, L * P, L * P, P});
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 16);
     arena.emplace(total * sizeof(T));
@@ -88,7 +88,8 @@ struct Worker {
     const int64_t R = plan.program.buffers[o.op.in0].R;
     if (o.form == Form::factored) factored[op].emplace(o, c.thetas[op], N * R, Q * R, K, memory);
     if (o.form == Form::fixed_input)
-      fixed_input[op].emplace(o, c.thetas[op], N * R, Q * R, plan.ld[o.op.out], c.group, c.side_by_side, memory);
+      fixed_input[op].emplace(o, c.thetas[op], N * R, Q * R, plan.ld[o.op.out], c.group, c.side_by_side,
+                              memory);
   }
 
   // What pads the rows of the frames and of x must be zero: products read it.
@@ -98,7 +99,8 @@ struct Worker {
       for (int64_t f = 0; f < frames; ++f)
         for (int64_t half = 0; half < 2; ++half)  // values and gradients
           for (std::size_t b = 0; b < plan.ld.size(); ++b)
-            clear_padding(b, examples, at + f * stride + examples * (half * plan.per_example + plan.before[b]));
+            clear_padding(b, examples,
+                          at + f * stride + examples * (half * plan.per_example + plan.before[b]));
     };
     const int64_t L = c.side_by_side;
     clear(support_frames, L * N, frames, frame);
@@ -237,7 +239,7 @@ struct Worker {
           run_op<false, false>(o, p);
         } else {
           if (p.wants_param_grad(o.op.b)) bias_grad<false>(o, p);
-          const double a = !adapts                       ? 0
+          const double a = !adapts                    ? 0
                            : o.form == Form::factored ? factored[i]->lr_grad(k, task, q.first_order)
                                                       : fixed_input[i]->lr_grad(s, k, task);
           at[c.S == 1 ? 0 : o.op.w] += T(a);
@@ -446,7 +448,8 @@ struct Worker {
       add_up(sums[task].grads, v + task * P, P, sums[task].add);
   }
 
-  // How many there are in the gradient of a factored weight, and one of them times -1: of `tasks` tasks from `task` on.
+  // How many there are in the gradient of a factored weight, and one of them times -1: of `tasks` tasks from
+  // `task` on.
   int64_t outer_products(std::size_t op) const {
     const bool first_order = !c.keep || q.first_order;
     return factored[op] ? factored[op]->outer_products(first_order) : first_order ? 1 : 2;

@@ -128,27 +128,25 @@ prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def factored_weights(
     problem: Problem,
-    name: str,
     sizes: tuple[int, int, int, int],  # T, N, Q, K
     own: tuple[bool, ...],
     S: int,  # step sizes of a step
     fast_weights: Any,
 ) -> tuple[int, ...]:
-    """The weights that the named backend keeps factored: forms.choose, remembered."""
+    """The weights that stay factored: forms.choose, remembered."""
     if fast_weights is not None and not isinstance(fast_weights, str):
         fast_weights = tuple(fast_weights.items())
-    key = "factored", name, sizes, own, S, fast_weights
+    key = "factored", sizes, own, S, fast_weights
     if key not in problem.memo:
         told = dict(fast_weights) if isinstance(fast_weights, tuple) else fast_weights
         per_element = S not in (1, len(problem.names))
-        if name == "cpu" or told not in (None, "dense"):
-            problem.memo[key] = forms.choose(problem, forms.Sizes(*sizes), own, per_element, told)
-        else:
-            problem.memo[key] = ()
+        problem.memo[key] = forms.choose(problem, forms.Sizes(*sizes), own, per_element, told)
     return problem.memo[key]
 
 
-def factored_weights_of(model: nn.Module, example_shape: tuple[int, ...], loss: Any, *args: Any) -> tuple[int, ...]:
+def factored_weights_of(
+    model: nn.Module, example_shape: tuple[int, ...], loss: Any, *args: Any
+) -> tuple[int, ...]:
     """The same, for torch.compile, which can pass a model to a function that it does not follow, but no Problem."""
     return factored_weights(problem_for(model, example_shape, resolve(loss)), *args)
 

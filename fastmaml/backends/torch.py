@@ -50,6 +50,9 @@ def _why_not_vmapped(problem, device, dtype) -> str | None:
             path, module = innermost(names, error) or ("", model)
             why = _RANDOM if _drew(error) else f"cannot run under {error}; use fastmaml.reference"
             return f"{f'{path!r}' if path else 'the model'} ({type(module).__name__}) {why}"
+        return None
+    run = lambda w: _output(problem, w, x[0])  # noqa: E731
+    problem.memo["linear layers"] = torch_factored.linear_layers(run, [p[0] for p in w], 2)
     return None
 
 
@@ -253,11 +256,15 @@ def meta_loss(
     problem, params, lr, support, query,
     *, steps, first_order, checkpoint_every, per_task, scale, needs, factored=(),
 ):  # fmt: skip
-    if factored:  # the rows of all steps are the weights: there is nothing to compute again
-        return torch_factored.meta_loss(
-            sys.modules[__name__], problem, params, lr, support, query, steps=steps, first_order=first_order,
-            per_task=per_task, scale=scale, needs=needs, factored=factored,
-        )  # fmt: skip
+    if factored and "reverse" not in problem.memo:
+        _prepare_jvp()
+        try:
+            return torch_factored.meta_loss(
+                sys.modules[__name__], problem, params, lr, support, query, steps=steps, first_order=first_order,
+                per_task=per_task, scale=scale, needs=needs, factored=factored,
+            )  # fmt: skip
+        except NotImplementedError:  # as in _curvature: without a jvp weights are dense
+            problem.memo["reverse"] = True
     (x, y), (x_q, y_q) = support, query
     every = checkpoint_every or max(steps, 1)
     back = needs & {"params", "lr", "x_s"}

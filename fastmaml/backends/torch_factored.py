@@ -9,7 +9,8 @@ a tangent, so that B and A are the direction u of the dual sweep. theta is the o
 products those of the rows of all tasks.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad_and_value, jvp
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ..forms import LinearLayer
 
 Rows = tuple[Tensor, Tensor]  # d [T, R, O], x [T, R, I]: a sum of outer products d^T x
 
@@ -40,11 +44,16 @@ class _Linear(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.linear or id(weight := args[1] if len(args) > 1 else kwargs["weight"]) not in self.parts:
+        if (
+            func is not F.linear
+            or id(weight := args[1] if len(args) > 1 else kwargs["weight"]) not in self.parts
+        ):
             return func(*args, **kwargs)
         key = id(weight)
         if key in self.x:
-            raise RuntimeError("a weight that several layers use cannot be factored: pass fast_weights='dense'")
+            raise RuntimeError(
+                "a weight that several layers use cannot be factored: pass fast_weights='dense'"
+            )
         x = args[0] if args else kwargs["input"]
         y = func(*args, **kwargs)
         rows = self.x[key] = x.reshape(-1, x.shape[-1])
@@ -58,18 +67,60 @@ class _Linear(TorchFunctionMode):
         return y + more.reshape(y.shape)
 
 
+class _Uses(TorchFunctionMode):
+    """Listens to what a model does with its weights."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.place = {id(w): i for i, w in enumerate(weights)}
+        self.linear: dict[int, int] = {}  # rows that a weight is multiplied with as a linear layer's
+        self.uses: Counter[int] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for a in tree_leaves((args, kwargs)):
+            if id(a) in self.place:
+                self.uses[self.place[id(a)]] += 1
+        if func is F.linear:
+            x, weight = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("input", "weight")))
+            if id(weight) in self.place and weight.dim() == 2:
+                self.linear[self.place[id(weight)]] = x.numel() // x.shape[-1]
+        return func(*args, **kwargs)
+
+
+def linear_layers(output: Callable[[list[Tensor]], Any], weights: list[Tensor], examples: int) -> list[LinearLayer]:
+    """Those that a model without a Program calls by F.linear; output(weights) runs it on `examples` examples.
+
+    A weight that anything else reads, too, counts as tied.
+    """
+    with _Uses(weights) as seen, torch.no_grad():
+        output(weights)
+    return [
+        LinearLayer(i, weights[i].shape[1], weights[i].shape[0], rows // examples, False, seen.uses[i] > 1)
+        for i, rows in sorted(seen.linear.items())
+        if rows % examples == 0
+    ]
+
+
 class FactoredLoop:
     """The inner loop of all tasks, and its adjoint, with some weights factored. `torch` is the backend's module."""
 
     def __init__(self, backend, problem, params, factored, x: Tensor) -> None:
         self.backend, self.problem, T = backend, problem, len(x)
         self.layers = [
-            _Layer(i, params[i].detach(), (x.new_zeros(T, 0, params[i].shape[0]), x.new_zeros(T, 0, params[i].shape[1])))
+            _Layer(
+                i,
+                params[i].detach(),
+                (x.new_zeros(T, 0, params[i].shape[0]), x.new_zeros(T, 0, params[i].shape[1])),
+            )
             for i in factored
         ]
         self.dense = [i for i in range(len(params)) if i not in factored]
         shapes = problem.shapes
-        own = [params[i] if params[i].dim() > len(shapes[i]) else params[i].expand(T, *shapes[i]) for i in self.dense]
+        own = [
+            params[i] if params[i].dim() > len(shapes[i]) else params[i].expand(T, *shapes[i])
+            for i in self.dense
+        ]
         self.w = {i: w.detach().contiguous() for i, w in zip(self.dense, own, strict=True)}
         self.v: dict[int, Tensor] = {}
         self.trajectory: list[Any] = []  # W_0, .., W_{K-1}
@@ -87,7 +138,10 @@ class FactoredLoop:
     def gradient(self, x: Tensor, y, scale: float = 1.0, directions=None, with_x: bool = False):
         """(loss [T], dense gradients, d, gradient of x or None, inputs x of the layers), and their tangents along
         `directions` = (dense, [(a, b)]) if given."""
-        probes = [x.new_zeros(len(x), n, len(layer.theta)) for n, layer in zip(self._output_rows(x), self.layers, strict=True)]
+        probes = [
+            x.new_zeros(len(x), n, len(layer.theta))
+            for n, layer in zip(self._output_rows(x), self.layers, strict=True)
+        ]
         dense = list(self.w.values())
         target, weight = y
 
@@ -111,7 +165,9 @@ class FactoredLoop:
         d_j, x_j = ([layer.forward[i] for layer in self.layers] for i in (0, 1))
         rest = (probes, x, d_j, x_j)
         if directions is None:
-            return self.backend._map(lambda w, *r: flat(w, [], *r[:4], [], *r[4:]), dense, *rest, target, weight)
+            return self.backend._map(
+                lambda w, *r: flat(w, [], *r[:4], [], *r[4:]), dense, *rest, target, weight
+            )
         t_w, rows = directions
         t_a, b = [r[0] for r in rows], [r[1] for r in rows]
 
@@ -147,7 +203,9 @@ class FactoredLoop:
             a, b = _joined(layer.v)
             found[layer.weight] = ((a @ d_k.mT) * (b @ x_k.mT)).sum((1, 2))
         adapt = self.problem.adapt
-        return torch.stack([-found[i] if adapt[i] else torch.zeros_like(found[i]) for i in range(len(adapt))], 1)
+        return torch.stack(
+            [-found[i] if adapt[i] else torch.zeros_like(found[i]) for i in range(len(adapt))], 1
+        )
 
     def step_back(self, sizes: list, x: Tensor, y, first_order: bool, with_lr: bool, with_x: bool):
         """v_k = v_{k+1} - H_k (a_k v_{k+1}); returns dL/da_k [T, parameters] and what it takes from dL/dx, or None."""
@@ -174,7 +232,10 @@ class FactoredLoop:
 
     def gradients(self, per_task: bool) -> Tensor:
         """v_0: [T or 1, P]"""
-        T, (offsets, size) = len(self.layers[0].v[0][0]), self.problem.layout(self.layers[0].theta.element_size())
+        T, (offsets, size) = (
+            len(self.layers[0].v[0][0]),
+            self.problem.layout(self.layers[0].theta.element_size()),
+        )
         flat = self.layers[0].theta.new_zeros(T if per_task else 1, size)
         for i, v in self.v.items():
             part = v.reshape(T, -1) if per_task else v.sum(0, keepdim=True).reshape(1, -1)
@@ -194,7 +255,9 @@ def _joined(v: list[Rows]) -> Rows:
     return v[0]
 
 
-def meta_loss(backend, problem, params, lr, support, query, *, steps, first_order, per_task, scale, needs, factored):
+def meta_loss(
+    backend, problem, params, lr, support, query, *, steps, first_order, per_task, scale, needs, factored
+):
     """As `backend.meta_loss`."""
     loop = FactoredLoop(backend, problem, params, factored, support[0])
     sizes = [backend._step_sizes(problem, lr[k]) for k in range(steps)]
