@@ -1,7 +1,8 @@
 """Dense against factored fast weights, and the automatic choice: `python -m bench.forms`.
 
-Three layers, w-w-w-5, on a grid of inner steps, support examples, widths and tasks (15 query examples). Every form of the two
-wide layers is timed in turns; the choice is held against the best of them. `--picture FILE` draws time and memory instead.
+Three layers, w-w-w-5, on a grid of inner steps, support examples, widths and tasks (15 query examples). Every
+form of the two wide layers is timed in turns; the choice is held against the best of them. `--picture FILE`
+draws time and memory instead.
 """
 
 import argparse
@@ -141,7 +142,7 @@ def picture(path: Path, seconds: float) -> None:
         print(name, x, times, peaks, flush=True)
     axes[0, 0].legend()
     fig.suptitle(
-        f"w-w-w-5, 32 tasks, {QUERIES} query examples; 5 steps, 5 support examples, w = 512 where not on the axis\n"
+        f"w-w-w-5, 32 tasks, {QUERIES} query examples; elsewhere 5 steps, 5 support examples, w = 512\n"
         f"{machine.describe()['cpu']}, {torch.get_num_threads()} threads"
     )
     fig.savefig(path, dpi=80)
@@ -150,7 +151,8 @@ def picture(path: Path, seconds: float) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
-        print_peak(*map(int, sys.argv[2:5]), sys.argv[5])
+        width, shots, steps = map(int, sys.argv[2:5])
+        print_peak(width, shots, steps, sys.argv[5])
         return
     parser = argparse.ArgumentParser(prog="python -m bench.forms", description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.3, help="for all forms of a point (default 0.3)")

@@ -44,7 +44,8 @@ def explain(
     if steps is not None:
         check_count("steps", steps, 0)
         check_count("queries", queries, 1)
-        sizes = forms.Sizes(*x.shape[:2], queries or x.shape[1], steps)
+        T, N = x.shape[:2]
+        sizes = forms.Sizes(T, N, queries or N, steps)
         lines += ["", *_form_lines(problem, sizes, fast_weights)]
     return Explanation("\n".join(lines))
 

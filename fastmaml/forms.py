@@ -1,7 +1,7 @@
 """The form of each linear layer's fast weights: a matrix for each task, or factors.
 
-Factored, a weight of a task is theta plus the outer products of the rows that the inner steps left, and is never
-formed (docs/factored.md; csrc/cpu/factored.h). That is exact; which form is the faster depends on the sizes alone.
+Factored, a weight of a task is theta plus the outer products of the rows that the inner steps left, and is
+never formed (docs/factored.md; csrc/cpu/factored.h). That is exact; the sizes decide which is faster.
 """
 
 from collections.abc import Mapping
@@ -75,10 +75,10 @@ def choose(
 ) -> tuple[int, ...]:
     """The weights to keep factored, by their place in problem.names.
 
-    fast_weights: None (the faster form of each layer), "dense", "factored" (wherever that can be), or a dict weight
-    name -> one of them, where None is what names that are not in it have
+    fast_weights: None (the faster form of each layer), "dense", "factored" (wherever that can be), or a dict
+    weight name -> one of them, where None is what names that are not in it have
 
-    Raises ValueError for an unknown name or form, and where a layer, or all of them, cannot be factored as asked.
+    Raises ValueError for an unknown name or form, and where a layer, or all, cannot be factored as asked.
     """
     check(fast_weights)
     known = layers(problem)
@@ -118,11 +118,11 @@ def why_dense(layer: LinearLayer, own: tuple[bool, ...], per_element: bool) -> s
 def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False) -> float:
     """Estimated nanoseconds of a layer's share of a task's meta-gradient, on one thread.
 
-    side_by_side: do the tasks run so, for the sake of a factored layer inside the network? Dense weights then have those
-    of other tasks beside them in the cache.
+    side_by_side: do the tasks run so, for the sake of a factored layer inside the network? Dense weights then
+    have those of other tasks beside them in the cache.
 
-    Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads. Another
-    machine has other nanoseconds, but much the same ratios.
+    Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads.
+    Another machine has other nanoseconds, but much the same ratios.
     """
     I, O, T, K = layer.I, layer.O, sizes.T, sizes.K
     N, Q = sizes.N * layer.rows, sizes.Q * layer.rows
@@ -149,8 +149,8 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
 
 
 def fastest(layers: list[LinearLayer], sizes: Sizes) -> set[int]:
-    """The weights of these layers that are best factored: with tasks one after another, where only layers that read x
-    can be, or side by side."""
+    """The weights of these layers that are best factored: with tasks one after another, where only layers
+    that read x can be, or side by side."""
     best, least = set[int](), float("inf")
     for side_by_side in (False, True):
         factored, total = set(), 0.0

@@ -101,8 +101,8 @@ def meta_loss(
 
     The gradients are computed along with it, in memory that does not grow with the activations of the steps.
 
-    fast_weights: the form of the linear layers' fast weights, "dense" (a matrix for each task) or "factored" (the
-        rows that make its updates, exact too); a dict weight name -> form; None takes the faster of each layer
+    fast_weights: the form of the linear layers' fast weights, "dense" (a matrix for each task) or "factored"
+        (the rows that make its updates, exact too); a dict weight name -> form; None takes the faster one
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
@@ -151,8 +151,8 @@ _PARAMS = frozenset({"params"})
 def _enter_meta(
     model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
 ):
-    """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, and the places of
-    the weights that stay factored."""
+    """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, and the
+    places of the weights that stay factored."""
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
     (x_s, y_s), (x_q, y_q) = support, query

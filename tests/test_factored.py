@@ -23,8 +23,7 @@ def network() -> nn.Sequential:
 
 
 def tasks() -> list[tuple[torch.Tensor, torch.Tensor]]:
-    shape = {"dtype": torch.float64}
-    return [(torch.randn(T, n, 5, **shape), torch.randn(T, n, 2, **shape)) for n in (N, Q)]
+    return [(torch.randn(T, n, 5).double(), torch.randn(T, n, 2).double()) for n in (N, Q)]
 
 
 def gradients(module, model, data, **how) -> torch.Tensor:
@@ -96,7 +95,8 @@ def test_weights_of_a_task_and_tied_ones_are_dense() -> None:
     tied = nn.Sequential(layer, nn.Tanh(), layer).double()
     problem = problem_for(tied, (5,), MSE())
     (first, second) = forms.layers(problem)
-    assert first.tied and second.tied
+    assert first.tied
+    assert second.tied
     with pytest.raises(ValueError, match="used by several layers"):
         functional.meta_loss(
             tied, dict(tied.named_parameters()), *[(x, x) for x, _ in data], fast_weights="factored", **how

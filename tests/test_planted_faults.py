@@ -69,7 +69,7 @@ FAULTS = [
     ("factored.h", "Side::d, !second), rows_of_step(s, j, task, Side::x, second)", "Side::d, !second), rows_of_step(s, j, task, Side::x, false)"),
     ("factored.h", "if (theta.rates[j] != 0) add(own", "if (theta.rates[j] != 0 && j + 1 < s.k) add(own"),
     ("factored.h", "        if (has_tangent(other))\n          add(", "        if (false)\n          add("),
-    ("factored.h", "        if (has_tangent(side))\n          add(", "        if (side == Side::d)\n          add("),
+    ("factored.h", "if (has_tangent(side)) add(gram(side, true, g)", "if (side == Side::d) add(gram(side, true, g)"),
     ("factored.h", "add(query_gram(side, g) + s.k * n, true, rows_of((*s.query)[g], other, false), q);", ""),
     ("factored.h", "{scaled + n * ld_gram, 1, ld_gram, query", "{scaled, 1, ld_gram, query"),
     ("factored.h", "for (int64_t i = 0; i < n * ld; ++i) to[i] += scale * d[i];", "for (int64_t i = 0; i < n * ld; ++i) to[i] = scale * d[i];"),

@@ -18,8 +18,8 @@ class Evaluation(NamedTuple):
 class MAML(nn.Module):
     """A model whose parameters are learned so that `steps` SGD steps adapt it to a task.
 
-    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every, fast_weights: as in `fastmaml.functional`. lr may
-    hold nn.Parameters that an optimiser learns too; register them yourself.
+    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every, fast_weights: as in
+    `fastmaml.functional`. lr may hold nn.Parameters that an optimiser learns too; register them yourself.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ def factored_weights(
 def factored_weights_of(
     model: nn.Module, example_shape: tuple[int, ...], loss: Any, *args: Any
 ) -> tuple[int, ...]:
-    """The same, for torch.compile, which can pass a model to a function that it does not follow, but no Problem."""
+    """The same for torch.compile, which can pass a model to a function it does not follow, but no Problem."""
     return factored_weights(problem_for(model, example_shape, resolve(loss)), *args)
 
 

@@ -260,8 +260,9 @@ def meta_loss(
         _prepare_jvp()
         try:
             return torch_factored.meta_loss(
-                sys.modules[__name__], problem, params, lr, support, query, steps=steps, first_order=first_order,
-                per_task=per_task, scale=scale, needs=needs, factored=factored,
+                sys.modules[__name__], problem, params, lr, support, query,
+                steps=steps, first_order=first_order, per_task=per_task, scale=scale, needs=needs,
+                factored=factored,
             )  # fmt: skip
         except NotImplementedError:  # as in _curvature: without a jvp weights are dense
             problem.memo["reverse"] = True

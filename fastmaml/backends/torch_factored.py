@@ -4,9 +4,9 @@ Every F.linear whose weight stays factored is caught on its way into torch and c
 
     y = x theta^T + b - (x X^T) D + (x B^T) A + probe
 
-X [R, I] and D [R, O] hold the rows x_j and a_j d_j of the steps before. The gradient by `probe`, which is zero, is d; A is zero with
-a tangent, so that B and A are the direction u of the dual sweep. theta is the one that all tasks share: vmap makes its
-products those of the rows of all tasks.
+X [R, I] and D [R, O] hold the rows x_j and a_j d_j of the steps before. The gradient by `probe`, which is
+zero, is d. A is zero with a tangent, so that B and A are the direction u of the dual sweep. theta is the one
+that all tasks share: vmap makes its products those of the rows of all tasks.
 """
 
 from collections import Counter
@@ -88,7 +88,9 @@ class _Uses(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def linear_layers(output: Callable[[list[Tensor]], Any], weights: list[Tensor], examples: int) -> list[LinearLayer]:
+def linear_layers(
+    output: Callable[[list[Tensor]], Any], weights: list[Tensor], examples: int
+) -> list[LinearLayer]:
     """Those that a model without a Program calls by F.linear; output(weights) runs it on `examples` examples.
 
     A weight that anything else reads, too, counts as tied.
@@ -103,7 +105,7 @@ def linear_layers(output: Callable[[list[Tensor]], Any], weights: list[Tensor], 
 
 
 class FactoredLoop:
-    """The inner loop of all tasks, and its adjoint, with some weights factored. `torch` is the backend's module."""
+    """The inner loop of all tasks, and its adjoint, with some weights factored; backend: torch.py"""
 
     def __init__(self, backend, problem, params, factored, x: Tensor) -> None:
         self.backend, self.problem, T = backend, problem, len(x)
@@ -136,8 +138,8 @@ class FactoredLoop:
         return [thetas[i] if i in thetas else dense[i] for i in range(len(self.problem.names))]
 
     def gradient(self, x: Tensor, y, scale: float = 1.0, directions=None, with_x: bool = False):
-        """(loss [T], dense gradients, d, gradient of x or None, inputs x of the layers), and their tangents along
-        `directions` = (dense, [(a, b)]) if given."""
+        """(loss [T], dense gradients, d, gradient of x or None, inputs x of the layers), and their tangents
+        along `directions` = (dense, [(a, b)]) if given."""
         probes = [
             x.new_zeros(len(x), n, len(layer.theta))
             for n, layer in zip(self._output_rows(x), self.layers, strict=True)
@@ -188,7 +190,7 @@ class FactoredLoop:
                 old_d, old_x = layer.forward
                 layer.forward = torch.cat([old_d, sizes[layer.weight] * d_k], 1), torch.cat([old_x, x_k], 1)
 
-    def start_adjoint(self, x: Tensor, y, scale: float, with_x: bool) -> tuple[Tensor, Tensor | None]:
+    def start_adjoint(self, x: Tensor, y, scale: float, *, with_x: bool) -> tuple[Tensor, Tensor | None]:
         """v_K on the query set; its loss [T] and gradient by x."""
         loss, g, d, g_x, inputs = self.gradient(x, y, scale, with_x=with_x)
         self.v = dict(zip(self.dense, g, strict=True))
@@ -207,8 +209,11 @@ class FactoredLoop:
             [-found[i] if adapt[i] else torch.zeros_like(found[i]) for i in range(len(adapt))], 1
         )
 
-    def step_back(self, sizes: list, x: Tensor, y, first_order: bool, with_lr: bool, with_x: bool):
-        """v_k = v_{k+1} - H_k (a_k v_{k+1}); returns dL/da_k [T, parameters] and what it takes from dL/dx, or None."""
+    def step_back(self, sizes: list, x: Tensor, y, *, first_order: bool, with_lr: bool, with_x: bool):
+        """v_k = v_{k+1} - H_k (a_k v_{k+1}).
+
+        Returns dL/da_k [T, parameters], or None, and what is to be taken from dL/dx, or None.
+        """
         self.w, forward = self.trajectory.pop()
         for layer, rows in zip(self.layers, forward, strict=True):
             layer.forward = rows
@@ -259,18 +264,21 @@ def meta_loss(
     backend, problem, params, lr, support, query, *, steps, first_order, per_task, scale, needs, factored
 ):
     """As `backend.meta_loss`."""
-    loop = FactoredLoop(backend, problem, params, factored, support[0])
+    x, y = support
+    loop = FactoredLoop(backend, problem, params, factored, x)
     sizes = [backend._step_sizes(problem, lr[k]) for k in range(steps)]
     for k in range(steps):
-        loop.step(sizes[k], *support)
-    loss, g_xq = loop.start_adjoint(*query, scale, "x_q" in needs)
+        loop.step(sizes[k], x, y)
+    x_q, y_q = query
+    loss, g_xq = loop.start_adjoint(x_q, y_q, scale, with_x="x_q" in needs)
     loss = loss if per_task else loss.sum()
     if not needs & {"params", "lr", "x_s"}:
         return loss, None, None, None, g_xq
     S = lr.shape[1] if steps else 1
-    g_lr, g_x = [], torch.zeros_like(support[0]) if "x_s" in needs else None
+    g_lr, g_x = [], torch.zeros_like(x) if "x_s" in needs else None
     for k in reversed(range(steps)):
-        row, t_x = loop.step_back(sizes[k], *support, first_order, "lr" in needs, "x_s" in needs)
+        how = {"first_order": first_order, "with_lr": "lr" in needs, "with_x": "x_s" in needs}
+        row, t_x = loop.step_back(sizes[k], x, y, **how)
         g_x = g_x - t_x if t_x is not None else g_x
         if row is not None:
             row = row.sum(1, keepdim=True) if S == 1 else row
