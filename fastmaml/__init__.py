@@ -4,7 +4,18 @@ from . import functional, losses, reference
 from .algorithms import MAML
 from .backends import backends
 from .explain import explain
+from .forms import FactoredWeight
 from .losses import MSE, CrossEntropy
 
 __version__ = "0.1.0"
-__all__ = ["MAML", "MSE", "CrossEntropy", "backends", "explain", "functional", "losses", "reference"]
+__all__ = [
+    "MAML",
+    "MSE",
+    "CrossEntropy",
+    "FactoredWeight",
+    "backends",
+    "explain",
+    "functional",
+    "losses",
+    "reference",
+]

@@ -8,10 +8,54 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Size, Tensor
+from torch import device as Device
+from torch import dtype as DType
+
 if TYPE_CHECKING:
     from .backends import Problem
 
 FORMS = ("dense", "factored")
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredWeight:
+    """The fast weights W_t = theta - d_t^T x_t of a linear layer for T tasks, as `inner_loop` returns them where it is
+    asked for factors. `functional.apply` and `inner_loop` take one in the place of a tensor [T, O, I].
+    """
+
+    theta: Tensor  # [O, I], that of all tasks
+    d: Tensor  # [T, R, O]: the layer's output gradients in every step, times the step size
+    x: Tensor  # [T, R, I]: its inputs
+
+    def dense(self) -> Tensor:
+        """The weights themselves [T, O, I]."""
+        return self.theta - self.d.mT @ self.x
+
+    @property
+    def shape(self) -> Size:
+        return Size((len(self.d), *self.theta.shape))
+
+    @property
+    def dtype(self) -> DType:
+        return self.theta.dtype
+
+    @property
+    def device(self) -> Device:
+        return self.theta.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(a.requires_grad for a in (self.theta, self.d, self.x))
+
+    def dim(self) -> int:
+        return 3
+
+    def contiguous(self) -> "FactoredWeight":
+        return self
+
+    def __getitem__(self, tasks: slice) -> "FactoredWeight":
+        return FactoredWeight(self.theta, self.d[tasks], self.x[tasks])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from .arguments import (
     step_sizes,
     target,
 )
-from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
+from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare, torch_factored
+from .forms import FactoredWeight
 from .losses import CrossEntropy
 
 Params = Mapping[str, Tensor]
@@ -42,8 +43,12 @@ def apply(
     backend: str | None = None,
     chunk_tasks: int | None = None,
 ) -> Tensor:
-    """The model's output [T, N, *out], task t with its own parameters."""
-    problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks)
+    """The model's output [T, N, *out], task t with its own parameters; some may be FactoredWeights."""
+    problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks, factors=True)
+    if _factors(ws):
+        chunks = range(0, x.shape[0], chunk_tasks or x.shape[0])
+        parts = [(_some(problem, ws, i, chunk_tasks), x[i : i + (chunk_tasks or x.shape[0])]) for i in chunks]
+        return torch.cat([torch_factored.apply(BACKENDS["torch"], problem, w, x_t) for w, x_t in parts])
     return _Apply.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *ws)
 
 
@@ -78,17 +83,21 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None) -> dict
 
 def inner_loop(
     model, params, x, y, *, loss, lr, steps, first_order=False,
-    backend=None, chunk_tasks=None, checkpoint_every=None,
-) -> dict[str, Tensor]:  # fmt: skip
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+) -> dict[str, Any]:  # fmt: skip
     """Fast weights {name: [T, *shape]}: W_{k+1} = W_k - lr_k g_k, `steps` times.
 
     checkpoint_every: store every n-th W_k for the backward pass and compute the others again
+    fast_weights: "factored", or a dict weight name -> form, returns FactoredWeights where asked, and does not form
+        the weights; these have no derivative, and run on the torch backend. Where params has some, they stay so.
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, factors=True)
     y = target(problem, y, x, "y")
     rates = step_sizes(problem, lr, steps, x)
+    if fast_weights not in (None, "dense") or _factors(ws):
+        return _inner_loop_factored(problem, ws, x, y, rates, chunk_tasks, fast_weights)
     how = problem, name, chunk_tasks, _needs(params=ws, lr=rates, x=x), steps, first_order, checkpoint_every
     return dict(zip(problem.names, _InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
 
@@ -193,6 +202,50 @@ def _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights) -> tuple[
     return factored_weights(problem, *how)
 
 
+def _inner_loop_factored(problem, ws, x, y, rates, chunk, fast_weights) -> dict[str, Any]:
+    T, N = x.shape[:2]
+    kept = _factors(ws)
+    named = fast_weights if isinstance(fast_weights, Mapping) else {}
+    if told := [problem.names[i] for i in kept if named.get(problem.names[i]) == "dense"]:
+        raise ValueError(f"{told} come as factors: pass their .dense() to go on with matrices")
+    own = tuple(
+        w.dim() > len(s) and i not in kept for i, (w, s) in enumerate(zip(ws, problem.shapes, strict=True))
+    )
+    sizes, steps = (T, N, N, rates.shape[0]), rates.shape[0]
+    if kept and rates.shape[1] not in (1, len(ws)):
+        raise ValueError("factors need one step size for a tensor, not one for each element")
+    asked = factored_weights(problem, sizes, own, rates.shape[1], fast_weights) if fast_weights else ()
+    chunk = chunk or T
+    with torch.no_grad():
+        parts = []
+        for i in range(0, T, chunk):
+            data = [None if a is None else a[i : i + chunk] for a in (x, *y)]
+            parts.append(torch_factored.inner_loop(
+                BACKENDS["torch"], problem, _some(problem, ws, i, chunk), rates.detach(), data[0], data[1:],
+                steps=steps, factored=sorted({*asked, *kept}),
+            ))  # fmt: skip
+        found: dict[str, tuple[Tensor, ...]] = {}
+        for name, each in zip(problem.names, zip(*parts, strict=True), strict=True):
+            if isinstance(each[0], FactoredWeight):
+                rows = [torch.cat([getattr(w, side) for w in each]) for side in ("d", "x")]
+                found[name] = each[0].theta, *rows
+            else:
+                found[name] = (torch.cat(each),)
+    if _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x):
+        found = {name: tuple(_once(tensors, _OF_FACTORS)) for name, tensors in found.items()}
+    return {name: FactoredWeight(*a) if len(a) > 1 else a[0] for name, a in found.items()}
+
+
+def _factors(ws: Sequence[Any]) -> list[int]:
+    return [i for i, w in enumerate(ws) if isinstance(w, FactoredWeight)]
+
+
+def _some(problem: Problem, ws: Sequence[Any], start: int, chunk: int | None) -> list[Any]:
+    """The parameters of `chunk` tasks."""
+    some = slice(start, None if chunk is None else start + chunk)
+    return [p[some] if p.dim() > len(s) else p for p, s in zip(ws, problem.shapes, strict=True)]
+
+
 def _enter(
     model: nn.Module,
     params: Params,
@@ -201,13 +254,21 @@ def _enter(
     backend: str | None,
     chunk: int | None,
     name: str = "x",
-) -> tuple[Problem, str, Tensor, list[Tensor]]:
+    *,
+    factors: bool = False,
+) -> tuple[Problem, str, Tensor, list[Any]]:
     """Problem, backend, and the checked x and parameters in order."""
     x = check_x(name, x)
     check_count("chunk_tasks", chunk, 1)
     problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend)
     _check_norms(problem, x)
-    return problem, runs, x, parameters(problem, params, x)
+    ws = parameters(problem, params, x)
+    if not factors and (where := _factors(ws)):
+        names = [problem.names[i] for i in where]
+        raise TypeError(
+            f"apply and inner_loop take factored weights, this does not: give {names} as .dense()"
+        )
+    return problem, runs, x, ws
 
 
 def _check_norms(problem: Problem, x: Tensor) -> None:
@@ -364,8 +425,7 @@ def _over_tasks(
     parts = []
     for start in range(0, T, chunk):
         some = slice(start, start + chunk)
-        own = [p[some] if p.dim() > len(s) else p for p, s in zip(ws, problem.shapes, strict=True)]
-        parts.append(run(own, *[None if a is None else a[some] for a in data]))
+        parts.append(run(_some(problem, ws, start, chunk), *[None if a is None else a[some] for a in data]))
     return [
         None if part[0] is None else reduce(operator.add, part) if add else torch.cat(part)
         for part, add in zip(zip(*parts, strict=True), summed, strict=True)
@@ -407,21 +467,26 @@ def _parameter_grads(where: Sequence[Any], flat: Tensor | None, ws: Sequence[Any
     return [v if mine else v.sum(0) for v, mine in zip(views, own, strict=True)]
 
 
-def _once(tensors: Sequence[Any]) -> Sequence[Any]:
+_HIGHER = (
+    "fastmaml.functional has no derivative of this order; "
+    "fastmaml.reference is differentiable any number of times"
+)
+_OF_FACTORS = "factors have no derivative: call meta_loss, or inner_loop with fast_weights='dense'"
+
+
+def _once(tensors: Sequence[Any], why: str = _HIGHER) -> Sequence[Any]:
     """The tensors, which under create_graph=True say what to do when they are differentiated again."""
     if not torch.is_grad_enabled():
         return tensors
-    return _NoDerivative.apply(torch.zeros((), requires_grad=True), *tensors)
+    return _NoDerivative.apply(why, torch.zeros((), requires_grad=True), *tensors)
 
 
 class _NoDerivative(Function):
     @staticmethod
-    def forward(ctx, anchor, *tensors):
+    def forward(ctx, why, anchor, *tensors):
+        ctx.why = why
         return tuple(None if a is None else a.clone() for a in tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            "fastmaml.functional has no derivative of this order; "
-            "fastmaml.reference is differentiable any number of times"
-        )
+        raise RuntimeError(ctx.why)

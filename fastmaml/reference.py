@@ -34,7 +34,7 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None):
 
 def inner_loop(
     model, params, x, y, *, loss, lr, steps, first_order=False,
-    backend=None, chunk_tasks=None, checkpoint_every=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ):  # fmt: skip
     """Fast weights {name: [T, *shape]} after `steps` steps of gradient descent on every task's loss."""
     return _stack([_adapt(model, p, s, loss, lr, steps, first_order) for p, s in _tasks(model, params, x, y)])

@@ -114,6 +114,17 @@ def test_maml_passes_it_on() -> None:
     assert not torch.equal(*found)
 
 
+def test_maml_evaluates_with_factors() -> None:
+    model, (support, query) = network(), tasks()
+    how = {"loss": "mse", "lr": [0.1, 0.05], "steps": 2}
+    truth, found = (
+        fastmaml.MAML(model, fast_weights=form, **how).evaluate(*support, *query, steps=3).loss
+        for form in ("dense", "factored")
+    )
+    assert found.shape == (4, T)
+    assert error(found, truth) < 1e-12
+
+
 def test_wide_layers_are_factored_and_explain_says_so() -> None:
     model = nn.Sequential(
         nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 5)
@@ -172,3 +183,44 @@ def test_a_loss_without_forward_derivatives_stays_dense() -> None:
     how = {"loss": nn.functional.huber_loss, "backend": "torch"}
     truth = gradients(reference, model, data, loss=nn.functional.huber_loss)
     assert error(gradients(functional, model, data, fast_weights="factored", **how), truth) < 1e-12
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_factors_are_the_fast_weights(chunk: int | None) -> None:
+    model, ((x, y), (x_q, _)) = network(), tasks()
+    params, how = dict(model.named_parameters()), {"loss": "mse", "lr": 0.05}
+    truth = functional.inner_loop(model, params, x, y, steps=5, **how)
+    truth = {n: w.detach() for n, w in truth.items()}
+    fast = functional.inner_loop(
+        model, params, x, y, steps=2, fast_weights={"2.weight": "factored"}, chunk_tasks=chunk, **how
+    )
+    weight = fast["2.weight"]
+    assert isinstance(weight, fastmaml.FactoredWeight)
+    assert (weight.shape, weight.d.shape) == ((T, 200, 300), (T, 2 * N, 200))
+    fast = functional.inner_loop(model, fast, x, y, steps=3, **how)  # goes on with them
+    assert isinstance(fast["2.weight"], fastmaml.FactoredWeight)
+    assert isinstance(fast["0.weight"], torch.Tensor)
+    assert error(fast["2.weight"].dense().detach(), truth["2.weight"]) < 1e-12
+    output = functional.apply(model, fast, x_q, chunk_tasks=chunk)
+    with pytest.raises(RuntimeError, match="factors have no derivative"):
+        output.sum().backward()
+    assert error(output.detach(), functional.apply(model, truth, x_q)) < 1e-12
+    x_q.requires_grad_()
+    with torch.no_grad():
+        fast = functional.inner_loop(model, params, x, y, steps=5, fast_weights="factored", **how)
+    (found,) = torch.autograd.grad(functional.apply(model, fast, x_q).square().sum(), x_q)
+    (wanted,) = torch.autograd.grad(functional.apply(model, truth, x_q).square().sum(), x_q)
+    assert error(found, wanted) < 1e-12
+
+
+def test_factors_where_they_cannot_be() -> None:
+    model, ((x, y), _) = network(), tasks()
+    params, how = dict(model.named_parameters()), {"loss": "mse", "lr": 0.05, "steps": 1}
+    fast = functional.inner_loop(model, params, x, y, fast_weights="factored", **how)
+    with pytest.raises(TypeError, match=r"apply and inner_loop take factored weights.*0.weight"):
+        functional.value_and_grad(model, fast, x, y, loss="mse")
+    with pytest.raises(ValueError, match=r"'0.weight'\] come as factors"):
+        functional.inner_loop(model, fast, x, y, fast_weights={"0.weight": "dense"}, **how)
+    each = {n: torch.full_like(p, 0.1) for n, p in params.items()}
+    with pytest.raises(ValueError, match="not one for each element"):
+        functional.inner_loop(model, fast, x, y, loss="mse", lr=each, steps=1)

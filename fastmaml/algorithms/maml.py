@@ -59,34 +59,27 @@ class MAML(nn.Module):
     def evaluate(
         self, x_support: Tensor, y_support, x_query: Tensor, y_query, steps: int | None = None
     ) -> Evaluation:
-        """Query loss and accuracy after 0, .., `steps` steps. Of a list of step sizes the last goes on."""
+        """Query loss and accuracy after 0, .., `steps` steps. Of a list of step sizes the last goes on.
+
+        Where fast_weights asks for factors, no weight of a task is formed.
+        """
         steps = self.steps if steps is None else steps
-        weights = dict(self.model.named_parameters())
-        classify = isinstance(losses.resolve(self.loss), losses.CrossEntropy)
+        weights: dict = dict(self.model.named_parameters())
+        loss, run = losses.resolve(self.loss), {"backend": self.backend, "chunk_tasks": self.chunk_tasks}
+        target = y_query if isinstance(y_query, (tuple, list)) else (y_query,)
         found: list[Tensor] = []
         hits: list[Tensor] = []
-        run = {"backend": self.backend, "chunk_tasks": self.chunk_tasks}
         for k in range(steps + 1):
             if k:
                 weights = functional.inner_loop(
-                    self.model,
-                    weights,
-                    x_support,
-                    y_support,
-                    loss=self.loss,
-                    lr=self._lr(k - 1, k),
-                    steps=1,
-                    **run,
-                )
-            found.append(functional.meta_loss(
-                self.model, weights, (x_support, y_support), (x_query, y_query),
-                loss=self.loss, lr=0.0, steps=0, reduction="none", **run,
-            ))  # fmt: skip
-            if classify:
-                target = y_query[0] if isinstance(y_query, (tuple, list)) else y_query
-                output = functional.apply(self.model, weights, x_query, **run)
-                hits.append((output.argmax(-1) == target).to(output.dtype).mean(1))
-        return Evaluation(torch.stack(found), torch.stack(hits) if classify else None)
+                    self.model, weights, x_support, y_support, loss=self.loss, lr=self._lr(k - 1, k), steps=1,
+                    fast_weights=self.fast_weights, **run,
+                )  # fmt: skip
+            output = functional.apply(self.model, weights, x_query, **run)
+            found.append(torch.stack([loss(*task) for task in zip(output, *target, strict=True)]))
+            if isinstance(loss, losses.CrossEntropy):
+                hits.append((output.argmax(-1) == target[0]).to(output.dtype).mean(1))
+        return Evaluation(torch.stack(found), torch.stack(hits) if hits else None)
 
     def _lr(self, start: int, end: int):
         if not isinstance(self.lr, (list, tuple)):

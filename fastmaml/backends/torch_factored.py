@@ -21,7 +21,7 @@ from torch.func import grad_and_value, jvp
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..forms import LinearLayer
+from ..forms import FactoredWeight, LinearLayer
 
 Rows = tuple[Tensor, Tensor]  # d [T, R, O], x [T, R, I]: a sum of outer products d^T x
 
@@ -61,7 +61,9 @@ class _Linear(TorchFunctionMode):
         if part is None:
             return y
         d_j, x_j, a, b, probe = part
-        more = probe - (rows @ x_j.mT) @ d_j
+        more = -(rows @ x_j.mT) @ d_j
+        if probe is not None:
+            more = more + probe
         if a is not None:
             more = more + (rows @ b.mT) @ a
         return y + more.reshape(y.shape)
@@ -108,22 +110,10 @@ class FactoredLoop:
     """The inner loop of all tasks, and its adjoint, with some weights factored; backend: torch.py"""
 
     def __init__(self, backend, problem, params, factored, x: Tensor) -> None:
-        self.backend, self.problem, T = backend, problem, len(x)
-        self.layers = [
-            _Layer(
-                i,
-                params[i].detach(),
-                (x.new_zeros(T, 0, params[i].shape[0]), x.new_zeros(T, 0, params[i].shape[1])),
-            )
-            for i in factored
-        ]
-        self.dense = [i for i in range(len(params)) if i not in factored]
-        shapes = problem.shapes
-        own = [
-            params[i] if params[i].dim() > len(shapes[i]) else params[i].expand(T, *shapes[i])
-            for i in self.dense
-        ]
-        self.w = {i: w.detach().contiguous() for i, w in zip(self.dense, own, strict=True)}
+        self.backend, self.problem = backend, problem
+        self.layers = [_layer(i, params[i], len(x)) for i in factored]
+        self.w = {i: w.detach().contiguous() for i, w in _dense(problem, params, factored, len(x)).items()}
+        self.dense = list(self.w)
         self.v: dict[int, Tensor] = {}
         self.trajectory: list[Any] = []  # W_0, .., W_{K-1}
 
@@ -251,6 +241,49 @@ class FactoredLoop:
             at = offsets[layer.weight]
             flat[:, at : at + layer.theta.numel()] = g.reshape(len(flat), -1)
         return flat
+
+
+def _layer(i: int, weight: Tensor | FactoredWeight, T: int) -> _Layer:
+    if isinstance(weight, FactoredWeight):
+        return _Layer(i, weight.theta, (weight.d, weight.x))
+    O, I = weight.shape
+    return _Layer(i, weight.detach(), (weight.new_zeros(T, 0, O), weight.new_zeros(T, 0, I)))
+
+
+def _dense(problem, params, factored, T: int) -> dict[int, Tensor]:
+    """The other parameters, [T, *shape] each."""
+    return {
+        i: params[i] if params[i].dim() > len(shape) else params[i].expand(T, *shape)
+        for i, shape in enumerate(problem.shapes)
+        if i not in factored
+    }
+
+
+def apply(backend, problem, params: list[Tensor | FactoredWeight], x: Tensor) -> Tensor:
+    """The model's output; differentiable by ordinary autograd."""
+    factored = [i for i, p in enumerate(params) if isinstance(p, FactoredWeight)]
+    layers = [_layer(i, params[i], len(x)) for i in factored]
+    dense = _dense(problem, params, factored, len(x))
+
+    def of_task(w, x, rows):
+        with _Linear(layers, [(d, x_j, None, None, None) for d, x_j in rows]):
+            thetas = {layer.weight: layer.theta for layer in layers}
+            weights = dict(zip(dense, w, strict=True)) | thetas
+            return backend._output(problem, [weights[i] for i in range(len(params))], x)
+
+    return backend._map(of_task, list(dense.values()), x, [layer.forward for layer in layers])
+
+
+def inner_loop(backend, problem, params, lr, x, y, *, steps, factored) -> list[Tensor | FactoredWeight]:
+    """Fast weights, those of `factored` as factors."""
+    loop = FactoredLoop(backend, problem, params, factored, x)
+    for k in range(steps):
+        loop.step(backend._step_sizes(problem, lr[k]), x, y)
+        loop.trajectory.clear()
+    found: dict[int, Tensor | FactoredWeight] = dict(loop.w)
+    for layer in loop.layers:
+        found[layer.weight] = FactoredWeight(layer.theta, *layer.forward)
+    return [found[i] for i in range(len(params))]
 
 
 def _joined(v: list[Rows]) -> Rows:
