@@ -20,8 +20,10 @@ FORMS = ("dense", "factored")
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """The fast weights W_t = theta - d_t^T x_t of a linear layer for T tasks, as `inner_loop` returns them where it is
-    asked for factors. `functional.apply` and `inner_loop` take one in the place of a tensor [T, O, I].
+    """The fast weights W_t = theta - d_t^T x_t of a linear layer for T tasks.
+
+    `functional.inner_loop` returns them where it is asked for factors; it and `apply` take one in the place of
+    a tensor [T, O, I].
     """
 
     theta: Tensor  # [O, I], that of all tasks

@@ -88,8 +88,8 @@ def inner_loop(
     """Fast weights {name: [T, *shape]}: W_{k+1} = W_k - lr_k g_k, `steps` times.
 
     checkpoint_every: store every n-th W_k for the backward pass and compute the others again
-    fast_weights: "factored", or a dict weight name -> form, returns FactoredWeights where asked, and does not form
-        the weights; these have no derivative, and run on the torch backend. Where params has some, they stay so.
+    fast_weights: "factored", or a dict weight name -> form, returns FactoredWeights where asked, and does not
+        form the weights; these have no derivative, and the torch backend makes them. Those in params stay so.
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
@@ -219,10 +219,10 @@ def _inner_loop_factored(problem, ws, x, y, rates, chunk, fast_weights) -> dict[
     with torch.no_grad():
         parts = []
         for i in range(0, T, chunk):
-            data = [None if a is None else a[i : i + chunk] for a in (x, *y)]
+            some = slice(i, i + chunk)
             parts.append(torch_factored.inner_loop(
-                BACKENDS["torch"], problem, _some(problem, ws, i, chunk), rates.detach(), data[0], data[1:],
-                steps=steps, factored=sorted({*asked, *kept}),
+                BACKENDS["torch"], problem, _some(problem, ws, i, chunk), rates.detach(), x[some],
+                [None if a is None else a[some] for a in y], steps=steps, factored=sorted({*asked, *kept}),
             ))  # fmt: skip
         found: dict[str, tuple[Tensor, ...]] = {}
         for name, each in zip(problem.names, zip(*parts, strict=True), strict=True):
@@ -237,6 +237,7 @@ def _inner_loop_factored(problem, ws, x, y, rates, chunk, fast_weights) -> dict[
 
 
 def _factors(ws: Sequence[Any]) -> list[int]:
+    """The places of the FactoredWeights."""
     return [i for i, w in enumerate(ws) if isinstance(w, FactoredWeight)]
 
 
