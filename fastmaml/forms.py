@@ -22,8 +22,8 @@ FORMS = ("dense", "factored")
 class FactoredWeight:
     """The fast weights W_t = theta - d_t^T x_t of a linear layer for T tasks.
 
-    `functional.inner_loop` returns them where it is asked for factors; it and `apply` take one in the place of
-    a tensor [T, O, I].
+    `functional.inner_loop` returns them where asked for factors; it and `apply` take one in the place of a
+    tensor [T, O, I].
     """
 
     theta: Tensor  # [O, I], that of all tasks

@@ -224,15 +224,15 @@ def _inner_loop_factored(problem, ws, x, y, rates, chunk, fast_weights) -> dict[
                 BACKENDS["torch"], problem, _some(problem, ws, i, chunk), rates.detach(), x[some],
                 [None if a is None else a[some] for a in y], steps=steps, factored=sorted({*asked, *kept}),
             ))  # fmt: skip
-        found: dict[str, tuple[Tensor, ...]] = {}
+        found: dict[str, list[Tensor]] = {}
         for name, each in zip(problem.names, zip(*parts, strict=True), strict=True):
             if isinstance(each[0], FactoredWeight):
                 rows = [torch.cat([getattr(w, side) for w in each]) for side in ("d", "x")]
-                found[name] = each[0].theta, *rows
+                found[name] = [each[0].theta, *rows]
             else:
-                found[name] = (torch.cat(each),)
+                found[name] = [torch.cat(each)]
     if _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x):
-        found = {name: tuple(_once(tensors, _OF_FACTORS)) for name, tensors in found.items()}
+        found = {name: list(_once(tensors, _OF_FACTORS)) for name, tensors in found.items()}
     return {name: FactoredWeight(*a) if len(a) > 1 else a[0] for name, a in found.items()}
 
 
