@@ -175,14 +175,14 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     IO, together = I * O, max(1.0, min(T / 2, 80 // max(N, 1) + 1))  # tasks that share a product with theta
     if form == "dense":
         passes = IO * K * (4 if layer.fixed_input else 9)  # over the weights
-        time = 0.0179 * IO * (4 * N * K + 2 * Q) if layer.fixed_input else 0.0164 * IO * (9 * N * K + 3 * Q)
-        time += 0.0367 * passes + 4.16 * IO / T
+        time = 0.0183 * IO * (4 * N * K + 2 * Q) if layer.fixed_input else 0.0161 * IO * (9 * N * K + 3 * Q)
+        time += 0.0386 * passes + 4.28 * IO / T
         if 4 * IO * (K + 2) > 2**20:
-            time += 0.00812 * passes
-        return time + (0.142 * 9 * IO * K if side_by_side and 4 * IO * (K + 2) * together > 2**19 else 0.0)
+            time += 0.0236 * passes
+        return time + (0.163 * 9 * IO * K if side_by_side and 4 * IO * (K + 2) * together > 2**19 else 0.0)
     if layer.fixed_input:
         thin = (N + Q) * N * I + O * (K * N * N + Q * N + K * N * (N + Q))
-        return 0.0129 * IO * 2 * (N + Q) + 0.0133 * thin + 1.135 * O * 2 * (N * K + Q) + 2.37 * IO / together
+        return 0.0115 * IO * 2 * (N + Q) + 0.015 * thin + 1.123 * O * 2 * (N * K + Q) + 3.44 * IO / together
     thin = 4 * K * N * (I + O) * ((K - 1) * N + Q)
     rows = (I + O) * (4 * N * K + 2 * Q)
     return (

@@ -118,8 +118,9 @@ inline Program columns() {
 
 // Rows longer than a panel of theta in L1.
 inline Program long_rows() {
-  Net p(1, 2);
-  int64_t h = p.linear(p.activation(Kind::tanh, p.linear(0, 1030)), 3);
+  Net p(1, 1030);
+  int64_t h = p.linear(p.activation(Kind::tanh, p.linear(0, 3)), 1030);
+  h = p.linear(p.activation(Kind::tanh, h), 3);
   p.fold(0.1);
   p.linear(h, 2);
   return p;

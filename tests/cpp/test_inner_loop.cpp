@@ -455,7 +455,8 @@ int main() {
        false,
        0,
        {2, 3}},
-      {"factored, long rows", programs::long_rows(), mse, 1, 2, 3, 1, Case::scalar, false, false, 0, {0, 1}},
+      {"factored, long rows", programs::long_rows(), mse, 1, 2, 3, 1, Case::scalar, false, false, 0, {0, 1, 2}},
+      {"factored, rounds", programs::mlp(2), mse, 24, 80, 1, 2, Case::scalar, false, false, 0, {0, 1, 2}},
       {"factored, many tasks", programs::tiny(), mse, 203, 2, 1, 2, Case::scalar, false, false, 0, {0}},
   };
   for (const Case& a : cases) check_case(a);
