@@ -186,11 +186,11 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     thin = 4 * K * N * (I + O) * ((K - 1) * N + Q)
     rows = (I + O) * (4 * N * K + 2 * Q)
     return (
-        0.0117 * IO * (6 * N * K + 3 * Q)
-        + 0.0187 * thin
-        + 0.528 * rows
-        + 59.3 * (K * K + 4 * K)
-        + 2.08 * IO / T
+        0.011 * IO * (6 * N * K + 3 * Q)
+        + 0.02 * thin
+        + 0.406 * rows
+        + 78 * (K * K + 4 * K)
+        + 2.29 * IO / T
     )
 
 
