@@ -168,14 +168,19 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     have those of other tasks beside them in the cache.
 
     Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads.
-    Another machine has other nanoseconds, but much the same ratios.
+    Another machine has other nanoseconds, but much the same ratios. Query examples, of which those runs had few,
+    count alike in both forms: a task has rows enough of them.
     """
     I, O, T, K = layer.I, layer.O, sizes.T, sizes.K
     N, Q = sizes.N * layer.rows, sizes.Q * layer.rows
     IO, together = I * O, max(1.0, min(T / 2, 80 // max(N, 1) + 1))  # tasks that share a product with theta
     if form == "dense":
         passes = IO * K * (4 if layer.fixed_input else 9)  # over the weights
-        time = 0.0183 * IO * (4 * N * K + 2 * Q) if layer.fixed_input else 0.0161 * IO * (9 * N * K + 3 * Q)
+        time = (
+            0.0183 * IO * (4 * N * K + 2 * Q)
+            if layer.fixed_input
+            else IO * (0.0161 * 9 * N * K + 0.012 * 3 * Q)
+        )
         time += 0.0386 * passes + 4.28 * IO / T
         if 4 * IO * (K + 2) > 2**20:
             time += 0.0236 * passes
@@ -186,7 +191,7 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     thin = 4 * K * N * (I + O) * ((K - 1) * N + Q)
     rows = (I + O) * (4 * N * K + 2 * Q)
     return (
-        0.011 * IO * (6 * N * K + 3 * Q)
+        IO * (0.011 * 6 * N * K + 0.012 * 3 * Q)
         + 0.02 * thin
         + 0.406 * rows
         + 78 * (K * K + 4 * K)
