@@ -20,7 +20,7 @@ from bench.meta_step import RIGHT
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
-CASES = ["omniglot-mlp/5-steps", "mlp/4x256"]
+CASES = ["omniglot-mlp/5-steps", "mlp/4x256", "wide/1024"]
 STEPS = [1, 5, 20, 50]
 CHECKED_STEPS = 5  # of the check in float64, which has 2 tasks
 # Every block over 64 KiB comes from the system and goes back to it: what is measured is memory in use, not

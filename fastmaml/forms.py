@@ -168,8 +168,8 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     have those of other tasks beside them in the cache.
 
     Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads.
-    Another machine has other nanoseconds, but much the same ratios. Query examples, of which those runs had few,
-    count alike in both forms: a task has rows enough of them.
+    Another machine has other nanoseconds, but much the same ratios. Query examples, of which those runs had
+    few, count alike in both forms: a task has rows enough of them.
     """
     I, O, T, K = layer.I, layer.O, sizes.T, sizes.K
     N, Q = sizes.N * layer.rows, sizes.Q * layer.rows

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from . import factors
 from .arguments import (
     check_count,
     check_labels,
@@ -28,7 +29,7 @@ from .arguments import (
     step_sizes,
     target,
 )
-from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare, torch_factored
+from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
 from .forms import FactoredWeight
 from .losses import CrossEntropy
 
@@ -44,11 +45,9 @@ def apply(
     chunk_tasks: int | None = None,
 ) -> Tensor:
     """The model's output [T, N, *out], task t with its own parameters; some may be FactoredWeights."""
-    problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks, factors=True)
-    if _factors(ws):
-        chunks = range(0, x.shape[0], chunk_tasks or x.shape[0])
-        parts = [(_some(problem, ws, i, chunk_tasks), x[i : i + (chunk_tasks or x.shape[0])]) for i in chunks]
-        return torch.cat([torch_factored.apply(BACKENDS["torch"], problem, w, x_t) for w, x_t in parts])
+    problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks, may_be_factored=True)
+    if factors.places(ws):
+        return factors.apply(problem, ws, x, chunk_tasks)
     return _Apply.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *ws)
 
 
@@ -93,11 +92,13 @@ def inner_loop(
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, factors=True)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, may_be_factored=True)
     y = target(problem, y, x, "y")
     rates = step_sizes(problem, lr, steps, x)
-    if fast_weights not in (None, "dense") or _factors(ws):
-        return _inner_loop_factored(problem, ws, x, y, rates, chunk_tasks, fast_weights)
+    if fast_weights not in (None, "dense") or factors.places(ws):
+        found = factors.inner_loop(problem, ws, x, y, rates, chunk_tasks, fast_weights)
+        needs = _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x)
+        return {n: _no_derivative(w) if needs else w for n, w in found.items()}
     how = problem, name, chunk_tasks, _needs(params=ws, lr=rates, x=x), steps, first_order, checkpoint_every
     return dict(zip(problem.names, _InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
 
@@ -175,7 +176,12 @@ def _enter_meta(
                 check_labels("support y", y_s, classes)
                 check_labels("query y", y_q, classes)
             rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
-            factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
+            known, key = problem.memo["forms"], (rates.shape, fast_weights)
+            factored = known.get(key) if fast_weights is None else None
+            if factored is None:
+                factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
+                if fast_weights is None:
+                    known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, factored
     problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
     x_q = check_x("query x", x_q)
@@ -187,7 +193,7 @@ def _enter_meta(
     _check_norms(problem, x_q)
     data = x_s, *target(problem, y_s, x_s, "support y"), x_q, *target(problem, y_q, x_q, "query y")
     if seen and tuple(params) == problem.names:
-        problem.memo["seen"] = seen
+        problem.memo["seen"], problem.memo["forms"] = seen, {}
     rates = step_sizes(problem, lr, steps, x_s)
     factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
     return problem, name, rates, data, ws, factored
@@ -202,51 +208,6 @@ def _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights) -> tuple[
     return factored_weights(problem, *how)
 
 
-def _inner_loop_factored(problem, ws, x, y, rates, chunk, fast_weights) -> dict[str, Any]:
-    T, N = x.shape[:2]
-    kept = _factors(ws)
-    named = fast_weights if isinstance(fast_weights, Mapping) else {}
-    if told := [problem.names[i] for i in kept if named.get(problem.names[i]) == "dense"]:
-        raise ValueError(f"{told} come as factors: pass their .dense() to go on with matrices")
-    own = tuple(
-        w.dim() > len(s) and i not in kept for i, (w, s) in enumerate(zip(ws, problem.shapes, strict=True))
-    )
-    sizes, steps = (T, N, N, rates.shape[0]), rates.shape[0]
-    if kept and rates.shape[1] not in (1, len(ws)):
-        raise ValueError("factors need one step size for a tensor, not one for each element")
-    asked = factored_weights(problem, sizes, own, rates.shape[1], fast_weights) if fast_weights else ()
-    chunk = chunk or T
-    with torch.no_grad():
-        parts = []
-        for i in range(0, T, chunk):
-            some = slice(i, i + chunk)
-            parts.append(torch_factored.inner_loop(
-                BACKENDS["torch"], problem, _some(problem, ws, i, chunk), rates.detach(), x[some],
-                [None if a is None else a[some] for a in y], steps=steps, factored=sorted({*asked, *kept}),
-            ))  # fmt: skip
-        found: dict[str, list[Tensor]] = {}
-        for name, each in zip(problem.names, zip(*parts, strict=True), strict=True):
-            if isinstance(each[0], FactoredWeight):
-                rows = [torch.cat([getattr(w, side) for w in each]) for side in ("d", "x")]
-                found[name] = [each[0].theta, *rows]
-            else:
-                found[name] = [torch.cat(each)]
-    if _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x):
-        found = {name: list(_once(tensors, _OF_FACTORS)) for name, tensors in found.items()}
-    return {name: FactoredWeight(*a) if len(a) > 1 else a[0] for name, a in found.items()}
-
-
-def _factors(ws: Sequence[Any]) -> list[int]:
-    """The places of the FactoredWeights."""
-    return [i for i, w in enumerate(ws) if isinstance(w, FactoredWeight)]
-
-
-def _some(problem: Problem, ws: Sequence[Any], start: int, chunk: int | None) -> list[Any]:
-    """The parameters of `chunk` tasks."""
-    some = slice(start, None if chunk is None else start + chunk)
-    return [p[some] if p.dim() > len(s) else p for p, s in zip(ws, problem.shapes, strict=True)]
-
-
 def _enter(
     model: nn.Module,
     params: Params,
@@ -256,7 +217,7 @@ def _enter(
     chunk: int | None,
     name: str = "x",
     *,
-    factors: bool = False,
+    may_be_factored: bool = False,
 ) -> tuple[Problem, str, Tensor, list[Any]]:
     """Problem, backend, and the checked x and parameters in order."""
     x = check_x(name, x)
@@ -264,7 +225,7 @@ def _enter(
     problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend)
     _check_norms(problem, x)
     ws = parameters(problem, params, x)
-    if not factors and (where := _factors(ws)):
+    if not may_be_factored and (where := factors.places(ws)):
         names = [problem.names[i] for i in where]
         raise TypeError(
             f"apply and inner_loop take factored weights, this does not: give {names} as .dense()"
@@ -426,7 +387,9 @@ def _over_tasks(
     parts = []
     for start in range(0, T, chunk):
         some = slice(start, start + chunk)
-        parts.append(run(_some(problem, ws, start, chunk), *[None if a is None else a[some] for a in data]))
+        parts.append(
+            run(factors.of_tasks(problem, ws, some), *[None if a is None else a[some] for a in data])
+        )
     return [
         None if part[0] is None else reduce(operator.add, part) if add else torch.cat(part)
         for part, add in zip(zip(*parts, strict=True), summed, strict=True)
@@ -480,6 +443,12 @@ def _once(tensors: Sequence[Any], why: str = _HIGHER) -> Sequence[Any]:
     if not torch.is_grad_enabled():
         return tensors
     return _NoDerivative.apply(why, torch.zeros((), requires_grad=True), *tensors)
+
+
+def _no_derivative(w: Tensor | FactoredWeight) -> Tensor | FactoredWeight:
+    if isinstance(w, FactoredWeight):
+        return FactoredWeight(w.theta, *_once((w.d, w.x), _OF_FACTORS))
+    return _once((w,), _OF_FACTORS)[0]
 
 
 class _NoDerivative(Function):
