@@ -113,9 +113,9 @@ def print_peak(width: int, shots: int, steps: int, form: str) -> None:
 
 
 SWEEPS = {  # against what, and the sizes there
-    "width": [(w, 5, 5) for w in (64, 128, 256, 512, 1024, 2048)],
-    "inner steps": [(512, 5, k) for k in (1, 2, 5, 10, 20)],
-    "support examples": [(512, n, 5) for n in (1, 2, 5, 10, 25, 50)],
+    "width": [(w, 5, 5) for w in (64, 128, 256, 512, 1024)],
+    "inner steps": [(512, 5, k) for k in (1, 5, 10, 20)],
+    "support examples": [(512, n, 5) for n in (1, 5, 10, 25)],
 }
 
 
