@@ -4,6 +4,7 @@ Factored, a weight of a task is theta plus the outer products of the rows that t
 never formed (docs/factored.md; csrc/cpu/factored.h). That is exact; the sizes decide which is faster.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -96,10 +97,8 @@ def layers(problem: "Problem") -> list[LinearLayer]:
             assert w is not None
             *rows, I = program.buffers[op.inputs[0]]
             O = program.buffers[op.output][-1]
-            size = 1
-            for n in rows:
-                size *= n
-            found.append(LinearLayer(index[w], I, O, size, op.inputs[0] == 0, used.count(w) > 1))
+            tied = used.count(w) > 1
+            found.append(LinearLayer(index[w], I, O, math.prod(rows), op.inputs[0] == 0, tied))
     return found
 
 

@@ -176,12 +176,12 @@ def _enter_meta(
                 check_labels("support y", y_s, classes)
                 check_labels("query y", y_q, classes)
             rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
-            known, key = problem.memo["forms"], (rates.shape, fast_weights)
-            factored = known.get(key) if fast_weights is None else None
+            known = problem.memo["forms"]  # with fast_weights=None, by the shape of lr
+            factored = known.get(rates.shape) if fast_weights is None else None
             if factored is None:
                 factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
                 if fast_weights is None:
-                    known[key] = factored
+                    known[rates.shape] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, factored
     problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
     x_q = check_x("query x", x_q)

@@ -115,13 +115,16 @@ class FactoredLoop:
         self.w = {i: w.detach().contiguous() for i, w in _dense(problem, params, factored, len(x)).items()}
         self.dense = list(self.w)
         self.v: dict[int, Tensor] = {}
+        self.rows: dict[int, list[int]] = {}  # by the examples of a task, see _output_rows
         self.trajectory: list[Any] = []  # W_0, .., W_{K-1}
 
     def _output_rows(self, x: Tensor) -> list[int]:
-        """Rows of a task that each layer has for x, found by one forward of one task."""
+        """Rows of a task that each layer has for x, found once by a forward of one task."""
+        if x.shape[1] in self.rows:
+            return self.rows[x.shape[1]]
         with _Linear(self.layers, [None] * len(self.layers)) as caught, torch.no_grad():
             self.backend._output(self.problem, self._weights({i: w[0] for i, w in self.w.items()}), x[0])
-        return [len(caught.x[id(layer.theta)]) for layer in self.layers]
+        return self.rows.setdefault(x.shape[1], [len(caught.x[id(layer.theta)]) for layer in self.layers])
 
     def _weights(self, dense: dict[int, Tensor]) -> list[Tensor]:
         thetas = {layer.weight: layer.theta for layer in self.layers}
