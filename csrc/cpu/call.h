@@ -131,7 +131,7 @@ struct Call {
     for (const OpPlan& o : plan.ops) {
       if (o.form == Form::dense) continue;
       const Param& p = plan.program.params[o.op.w];
-      size += Packed<T>::size(p.I, p.O) + Packed<T>::size(p.O, p.I);
+      size += Packed<T>::size(p.I, p.O) + (o.form == Form::factored ? Packed<T>::size(p.O, p.I) : 0);
     }
     packed.emplace(size * sizeof(T));
     T* at = static_cast<T*>(packed->data());

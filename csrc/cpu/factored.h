@@ -270,8 +270,8 @@ struct FactoredLayer {
   }
 };
 
-// What a layer of form `fixed_input` keeps: `base` for the group of tasks that share the product of x with
-// theta, the rest for those side by side.
+// What a layer of form `fixed_input` keeps: `support` and `query` for the group of tasks that share the
+// product of x with theta, the rest for those side by side.
 template <class T>
 struct FixedInputLayer {
   const OpPlan& o;
