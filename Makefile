@@ -69,7 +69,7 @@ define sanitizer
 build/$(1)/%.o: csrc/cpu/%.cpp $(CSRC)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CPP_FLAGS) $$(SANITIZE_$(1)) -c $$< -o $$@
-build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(patsubst %,build/$(1)/%.o,isa_generic thread_pool arena)
+build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(patsubst %,build/$(1)/%.o,isa_generic arena)
 	$$(CXX) $$(CPP_FLAGS) $$(SANITIZE_$(1)) $$< $$(filter %.o,$$^) -o $$@
 .PRECIOUS: build/$(1)/%.o
 endef

@@ -20,7 +20,7 @@
 #pragma once
 #include "arena.h"
 #include "linear.h"
-#include "thread_pool.h"
+#include "parallel.h"
 
 namespace fastmaml::FASTMAML_ISA {
 

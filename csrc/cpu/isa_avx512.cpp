@@ -11,8 +11,8 @@
 #  include <utility>
 
 #  include "arena.h"
+#  include "parallel.h"
 #  include "request.h"
-#  include "thread_pool.h"
 
 #  if defined(__clang__)
 #    pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512dq,avx512vl"))), \

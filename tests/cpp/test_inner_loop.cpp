@@ -13,6 +13,7 @@
 #include "cpu/request.h"
 #include "naive.h"
 #include "programs.h"
+#include "threads.h"
 
 namespace fastmaml {
 void run_generic(const Request&);
