@@ -17,6 +17,7 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 using Text = std::string;
+using Numbers = std::vector<double>;
 
 // The program of this text; stands until this thread's next call. A training step asks for the same one every
 // time, and decoding it takes as long as a small network's task.
@@ -134,6 +135,13 @@ class Builder {
       q.factored[at] = 1;
     }
   }
+  // fastmaml.SGD.rule; empty for plain descent
+  void set_rule(const std::vector<double>& rule) {
+    if (rule.empty()) return;
+    STD_TORCH_CHECK(rule.size() == 3, "expected momentum, weight_decay and max_norm, got ", rule.size(),
+                    " numbers");
+    q.plain = false, q.momentum = rule[0], q.weight_decay = rule[1], q.max_norm = rule[2];
+  }
   void split_tasks(bool per_task) { q.per_task = per_task || any_own_; }
 
  private:
@@ -194,10 +202,11 @@ Tensors value_and_grad_backward(Tensors params, Tensor x, Tensor y, MaybeTensor 
 }
 
 Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Text program,
-                   int64_t steps) {
+                   int64_t steps, Numbers rule) {
   Builder b(params, x, program, Tail::weights);
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
+  b.set_rule(rule);
   Tensors outputs;
   b.output(outputs, true, {b.q.T, b.q.program->P}, &b.q.out);
   run(b.q);
@@ -205,11 +214,12 @@ Tensors inner_loop(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor we
 }
 
 Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, MaybeTensor weight, Tensor v,
-                            Text program, int64_t steps, bool first_order, int64_t checkpoint_every,
-                            bool grad_params, bool grad_lr, bool grad_x) {
+                            Text program, int64_t steps, bool first_order, Numbers rule,
+                            int64_t checkpoint_every, bool grad_params, bool grad_lr, bool grad_x) {
   Builder b(params, x, program, Tail::weights);
   b.q.support = b.set(x, &y, weight);
   b.set_lr(lr, steps);
+  b.set_rule(rule);
   b.q.seed = b.data(v, "v");
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;
   b.split_tasks(false);
@@ -223,12 +233,17 @@ Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, Maybe
 
 Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s, Tensor x_q,
                   Tensor y_q, MaybeTensor weight_q, Text program, std::vector<int64_t> factored,
-                  int64_t steps, bool first_order, int64_t checkpoint_every, bool per_task, double scale,
-                  bool grad_params, bool grad_lr, bool grad_x_s, bool grad_x_q) {
+                  int64_t steps, bool first_order, Numbers rule, Numbers step_weights,
+                  int64_t checkpoint_every, bool per_task, double scale, bool grad_params, bool grad_lr,
+                  bool grad_x_s, bool grad_x_q) {
   Builder b(params, x_s, program, Tail::loss);
   b.q.support = b.set(x_s, &y_s, weight_s);
   b.q.query = b.set(x_q, &y_q, weight_q);
   b.set_lr(lr, steps);
+  b.set_rule(rule);
+  STD_TORCH_CHECK(step_weights.empty() || static_cast<int64_t>(step_weights.size()) == steps,
+                  "step_weights must hold a number for each step");
+  b.q.step_weights = step_weights;
   b.factor(factored);
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;
   b.q.scale = scale;
@@ -257,16 +272,17 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "value_and_grad_backward(Tensor[] params, Tensor x, Tensor y, Tensor? weight, Tensor? grad_loss, "
       "Tensor v, str program, bool per_task, bool grad_params, bool grad_x) -> Tensor[]");
   m.def(
-      "inner_loop(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, str program, int steps) -> "
-      "Tensor[]");
+      "inner_loop(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, str program, int steps, "
+      "float[] rule) -> Tensor[]");
   m.def(
       "inner_loop_backward(Tensor[] params, Tensor lr, Tensor x, Tensor y, Tensor? weight, Tensor v, "
-      "str program, int steps, bool first_order, int checkpoint_every, bool grad_params, "
+      "str program, int steps, bool first_order, float[] rule, int checkpoint_every, bool grad_params, "
       "bool grad_lr, bool grad_x) -> Tensor[]");
   m.def(
       "meta_loss(Tensor[] params, Tensor lr, Tensor x_s, Tensor y_s, Tensor? weight_s, Tensor x_q, "
       "Tensor y_q, Tensor? weight_q, str program, int[] factored, int steps, bool first_order, "
-      "int checkpoint_every, bool per_task, float scale, bool grad_params, bool grad_lr, bool grad_x_s, bool "
+      "float[] rule, float[] step_weights, int checkpoint_every, bool per_task, float scale, bool "
+      "grad_params, bool grad_lr, bool grad_x_s, bool "
       "grad_x_q) "
       "-> Tensor[]");
 }

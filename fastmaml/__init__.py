@@ -6,11 +6,13 @@ from .backends import backends
 from .explain import explain
 from .forms import FactoredWeight
 from .losses import MSE, CrossEntropy
+from .optimizers import SGD
 
 __version__ = "0.1.0"
 __all__ = [
     "MAML",
     "MSE",
+    "SGD",
     "CrossEntropy",
     "FactoredWeight",
     "backends",

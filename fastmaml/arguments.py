@@ -1,6 +1,7 @@
 """What a public function is given, checked once before any work, and put into the form that backends take."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from .backends import Problem
 from .losses import MSE, CrossEntropy
+from .optimizers import SGD
 
 Target = tuple[Tensor, Tensor | None]  # target, weight
 
@@ -19,6 +21,23 @@ def check_count(name: str, value: int | None, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def update_rule(optimizer: SGD | None) -> tuple[float, ...]:
+    """SGD.rule, () for None."""
+    if not isinstance(optimizer, (SGD, NoneType)):
+        raise TypeError(f"optimizer must be a fastmaml.SGD or None, got {type(optimizer).__name__}")
+    return optimizer.rule if optimizer else ()
+
+
+def loss_weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
+    """Of the query losses after steps 1, .., `steps`; () where only the last counts, as it is."""
+    if step_weights is None:
+        return ()
+    weights = tuple(map(float, step_weights))
+    if len(weights) != steps or not weights:
+        raise ValueError(f"step_weights must hold a number for each of {steps} steps, got {len(weights)}")
+    return () if weights == (*[0.0] * (steps - 1), 1.0) else weights
 
 
 def check_x(name: str, x: Tensor) -> Tensor:  # [T, N, *example]

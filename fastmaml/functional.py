@@ -24,10 +24,12 @@ from .arguments import (
     check_labels,
     check_shape,
     check_x,
+    loss_weights,
     parameters,
     signature,
     step_sizes,
     target,
+    update_rule,
 )
 from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
 from .forms import FactoredWeight
@@ -81,11 +83,12 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None) -> dict
 
 
 def inner_loop(
-    model, params, x, y, *, loss, lr, steps, first_order=False,
+    model, params, x, y, *, loss, lr, steps, first_order=False, optimizer=None,
     backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fast weights {name: [T, *shape]}: W_{k+1} = W_k - lr_k g_k, `steps` times.
 
+    optimizer: a fastmaml.SGD with momentum, weight decay or a largest norm of the gradient
     checkpoint_every: store every n-th W_k for the backward pass and compute the others again
     fast_weights: "factored", or a dict weight name -> form, returns FactoredWeights where asked, and does not
         form the weights; these have no derivative, and the torch backend makes them. Those in params stay so.
@@ -94,23 +97,27 @@ def inner_loop(
     check_count("checkpoint_every", checkpoint_every, 1)
     problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, may_be_factored=True)
     y = target(problem, y, x, "y")
-    rates = step_sizes(problem, lr, steps, x)
+    rates, rule = step_sizes(problem, lr, steps, x), update_rule(optimizer)
     if fast_weights not in (None, "dense") or factors.places(ws):
-        found = factors.inner_loop(problem, ws, x, y, rates, chunk_tasks, fast_weights)
+        found = factors.inner_loop(problem, ws, x, y, rates, rule, chunk_tasks, fast_weights)
         needs = _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x)
         return {n: _no_derivative(w) if needs else w for n, w in found.items()}
-    how = problem, name, chunk_tasks, _needs(params=ws, lr=rates, x=x), steps, first_order, checkpoint_every
+    needs = _needs(params=ws, lr=rates, x=x)
+    how = problem, name, chunk_tasks, needs, steps, first_order, rule, checkpoint_every
     return dict(zip(problem.names, _InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
 
 
 def meta_loss(
-    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
+    reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ) -> Tensor:  # fmt: skip
     """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none".
 
     The gradients are computed along with it, in memory that does not grow with the activations of the steps.
 
+    optimizer: a fastmaml.SGD with momentum, weight decay or a largest norm of the gradient
+    step_weights: of the query losses after steps 1, .., `steps`, which are added up (MAML++, Antoniou et al.
+        2019, arXiv 1810.09502, section 4.1); None: the last one alone
     fast_weights: the form of the linear layers' fast weights, "dense" (a matrix for each task) or "factored"
         (the rows that make its updates, exact too); a dict weight name -> form; None takes the faster one
     """
@@ -120,13 +127,14 @@ def meta_loss(
         model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
     )
     needs = _needs(params=ws, lr=rates, x_s=data[0], x_q=data[3])
-    how = problem, name, chunk_tasks, needs, steps, first_order, checkpoint_every, reduction, factored
+    loop = steps, first_order, update_rule(optimizer), loss_weights(step_weights, steps), checkpoint_every
+    how = problem, name, chunk_tasks, needs, loop, reduction, factored
     return _MetaLoss.apply(how, rates, *data, *ws)
 
 
 def meta_value_and_grad(
-    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
+    reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The meta-loss, mean or sum over tasks, and the meta-gradient {name: as params}, without a graph.
 
@@ -149,7 +157,8 @@ def meta_value_and_grad(
             checkpoint_every,
             fast_weights,
         )
-        how = problem, name, chunk_tasks, _PARAMS, steps, first_order, checkpoint_every, reduction, factored
+        loop = steps, first_order, update_rule(optimizer), loss_weights(step_weights, steps), checkpoint_every
+        how = problem, name, chunk_tasks, _PARAMS, loop, reduction, factored
         value, grads, *_ = _run_meta(how, rates, data, ws)
         views = _parameter_grads(problem.strided[grads.element_size()], grads, ws)
     return value, dict(zip(problem.names, views, strict=True))
@@ -302,22 +311,22 @@ class _ValueAndGrad(Function):
 class _InnerLoop(Function):
     @staticmethod
     def forward(ctx, how, lr, x, t, w, *ws):
-        problem, name, chunk, _, steps, *_ = ctx.how = how
+        problem, name, chunk, _, steps, _, rule, _ = ctx.how = how
         ctx.save_for_backward(lr, x, t, w, *ws)
         ctx.set_materialize_grads(False)
-        run = lambda ws, x, t, w: (BACKENDS[name].inner_loop(problem, ws, lr, x, (t, w), steps=steps),)  # noqa: E731
+        run = lambda ws, x, t, w: (BACKENDS[name].inner_loop(problem, ws, lr, x, (t, w), steps=steps, rule=rule),)  # noqa: E731
         (fast,) = _over_tasks(problem, chunk, run, ws, (x, t, w), (False,))
         return tuple(_views(problem, fast, x.shape[0]))
 
     @staticmethod
     def backward(ctx, *vs):
-        problem, name, chunk, needs, steps, first_order, every = ctx.how
+        problem, name, chunk, needs, steps, first_order, rule, every = ctx.how
         lr, x, t, w, *ws = ctx.saved_tensors
 
         def run(ws, x, t, w, v):
             return BACKENDS[name].inner_loop_backward(
                 problem, ws, lr, x, (t, w), v,
-                steps=steps, first_order=first_order, checkpoint_every=every, needs=needs,
+                steps=steps, first_order=first_order, rule=rule, checkpoint_every=every, needs=needs,
             )  # fmt: skip
 
         summed = (not _any_own(problem, ws), True, False)
@@ -331,14 +340,14 @@ class _InnerLoop(Function):
 
 def _run_meta(how, lr, data, ws) -> Sequence[Any]:
     """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
-    problem, name, chunk, needs, steps, first_order, every, reduction, factored = how
+    problem, name, chunk, needs, (steps, first_order, rule, step_weights, every), reduction, factored = how
     per_task = reduction == "none"
     scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
 
     def run(ws, x_s, t_s, w_s, x_q, t_q, w_q):
         return BACKENDS[name].meta_loss(
             problem, ws, lr, (x_s, (t_s, w_s)), (x_q, (t_q, w_q)),
-            steps=steps, first_order=first_order, checkpoint_every=every,
+            steps=steps, first_order=first_order, rule=rule, step_weights=step_weights, checkpoint_every=every,
             per_task=per_task, scale=scale, needs=needs, factored=factored,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, grad_and_value
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastmaml.losses import resolve
+from fastmaml.optimizers import SGD
 
 
 def apply(model, params, x, *, backend=None, chunk_tasks=None):
@@ -33,46 +34,60 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None):
 
 
 def inner_loop(
-    model, params, x, y, *, loss, lr, steps, first_order=False,
+    model, params, x, y, *, loss, lr, steps, first_order=False, optimizer=None,
     backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ):  # fmt: skip
     """Fast weights {name: [T, *shape]} after `steps` steps of gradient descent on every task's loss."""
-    return _stack([_adapt(model, p, s, loss, lr, steps, first_order) for p, s in _tasks(model, params, x, y)])
+    how = loss, lr, steps, first_order, optimizer
+    return _stack([_adapt(model, p, s, *how)[-1] for p, s in _tasks(model, params, x, y)])
 
 
 def meta_loss(
-    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
+    reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ):  # fmt: skip
-    """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none"."""
-    value = torch.stack([
-        _loss(model, loss, q)(_adapt(model, p, s, loss, lr, steps, first_order))
-        for (p, s), (_, q) in zip(_tasks(model, params, *support), _tasks(model, params, *query), strict=True)
-    ])  # fmt: skip
+    """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none".
+
+    step_weights: of the query losses after steps 1, .., `steps`, which are added up; None: the last one alone
+    """
+    values = []
+    for (p, s), (_, q) in zip(_tasks(model, params, *support), _tasks(model, params, *query), strict=True):
+        w = _adapt(model, p, s, loss, lr, steps, first_order, optimizer)
+        each = [1.0] if step_weights is None else step_weights
+        values.append(sum(a * _loss(model, loss, q)(w_k) for a, w_k in zip(each, w[-len(each) :], strict=True)))
+    value = torch.stack(values)
     return {"mean": value.mean, "sum": value.sum, "none": value.clone}[reduction]()
 
 
 def meta_value_and_grad(
-    model, params, support, query, *, loss, lr, steps, first_order=False, reduction="mean",
-    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
+    reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
 ):  # fmt: skip
     """The meta-loss (mean or sum over tasks) and the meta-gradient {name: as params}."""
-    how = {"loss": loss, "lr": lr, "steps": steps, "first_order": first_order, "reduction": reduction}
+    how = {"loss": loss, "lr": lr, "steps": steps, "first_order": first_order, "optimizer": optimizer}
+    how |= {"step_weights": step_weights, "reduction": reduction}
     g, value = grad_and_value(lambda p: meta_loss(model, p, support, query, **how))(dict(params))
     return value.detach(), {n: a.detach() for n, a in g.items()}
 
 
-def _adapt(model, params, data, loss, lr, steps, first_order):
-    """W_{k+1} = W_k - lr_k g_k for one task. Parameters that the model has frozen stay as they are."""
+def _adapt(model, params, data, loss, lr, steps, first_order, optimizer):
+    """[W_0, .., W_K] of one task by `fastmaml.SGD`. Parameters that the model has frozen stay as they are."""
     frozen = {n: params[n] for n, p in model.named_parameters() if not p.requires_grad}
     w = {n: p for n, p in params.items() if n not in frozen}
+    m = dict.fromkeys(w, 0.0)
+    sgd, trajectory = optimizer or SGD(), [params]
     for k in range(steps):
         g = grad(lambda w: _loss(model, loss, data)(w | frozen))(w)
+        if sgd.max_grad_norm is not None:
+            norm = torch.linalg.vector_norm(torch.cat([a.flatten() for a in g.values()]))
+            g = {n: a * (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) for n, a in g.items()}
         if first_order:
             g = {n: a.detach() for n, a in g.items()}
+        m = {n: sgd.momentum * m[n] + g[n] + sgd.weight_decay * p for n, p in w.items()}
         lr_k = lr[k] if isinstance(lr, (list, tuple)) else lr
-        w = {n: p - (lr_k[n] if isinstance(lr_k, dict) else lr_k) * g[n] for n, p in w.items()}
-    return {n: (w | frozen)[n] for n in params}
+        w = {n: p - (lr_k[n] if isinstance(lr_k, dict) else lr_k) * m[n] for n, p in w.items()}
+        trajectory.append({n: (w | frozen)[n] for n in params})
+    return trajectory
 
 
 def _loss(model, loss, data):

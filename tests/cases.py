@@ -1,6 +1,6 @@
 """Random networks, tasks and step sizes, drawn by hypothesis; and how two results are compared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fastmaml.losses import MSE, CrossEntropy
+from fastmaml.optimizers import SGD
 
 SMOOTH = [nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, lambda: nn.GELU(approximate="tanh")]
 KINKED = [nn.ReLU, nn.LeakyReLU]
@@ -38,11 +39,13 @@ class Case:
     steps: int
     first_order: bool
     fast_weights: Any = None
+    optimizer: SGD | None = None
+    step_weights: list[float] | None = None
 
     def __repr__(self) -> str:
         sizes = [tuple(x.shape) for x, _ in (self.support, self.query)]
         how = f"steps={self.steps}, first_order={self.first_order}, fast_weights={self.fast_weights}"
-        return f"Case({self.model}, {sizes}, {self.loss}, {how})"
+        return f"Case({self.model}, {sizes}, {self.loss}, {how}, {self.optimizer}, {self.step_weights})"
 
     def to(self, dtype: torch.dtype) -> "Case":
         def cast(a: Any) -> Any:
@@ -53,8 +56,7 @@ class Case:
             return {n: cast(b) for n, b in a.items()} if isinstance(a, dict) else a
 
         params, support, query, lr = map(cast, (self.params, self.support, self.query, self.lr))
-        how = self.steps, self.first_order, self.fast_weights
-        return Case(self.model, params, support, query, self.loss, lr, *how)
+        return replace(self, params=params, support=support, query=query, lr=lr)
 
     def leaves(self) -> dict[str, list[Tensor]]:
         """What to differentiate by, in groups that are compared at one scale."""
@@ -143,6 +145,14 @@ def _weights(sequential: nn.Sequential) -> list[Tensor]:
 
 
 @st.composite
+def optimizers(draw) -> SGD | None:
+    if draw(st.booleans()):
+        return None
+    momentum, decay = draw(st.sampled_from([0.0, 0.9])), draw(st.sampled_from([0.0, 0.3]))
+    return SGD(momentum, decay, draw(st.sampled_from([None, 0.1, 1.0])))
+
+
+@st.composite
 def cases(draw, smooth: bool = False, norms: bool = True, max_width: int = 40) -> Case:
     torch.manual_seed(draw(st.integers(0, 2**16)))
     model, I, O, batch_norm = draw(networks(smooth, norms, max_width))
@@ -176,7 +186,12 @@ def cases(draw, smooth: bool = False, norms: bool = True, max_width: int = 40) -
     lr = draw(step_sizes(plain, steps, draw(st.sampled_from([0.01, 0.1]))))
     first_order = draw(st.booleans())
     fast_weights = draw(forms(model, own, lr))
-    return Case(model, params, tasks(N), tasks(Q), loss, lr, steps, first_order, fast_weights)
+    support, query, optimizer = tasks(N), tasks(Q), draw(optimizers())
+    weights = [draw(st.sampled_from([0.0, 0.5, 1.0])) for _ in range(steps)]
+    return Case(
+        model, params, support, query, loss, lr, steps, first_order, fast_weights, optimizer,
+        weights if weights and draw(st.booleans()) else None,
+    )  # fmt: skip
 
 
 def gradients(value: Tensor, case: Case) -> dict[str, Tensor]:

@@ -95,8 +95,8 @@ struct Call {
     every = checkpoints ? q.checkpoint_every : std::max<int64_t>(K, 1);
     adjoint = q.grads || q.grad_lr || q.grad_x_s;
     const bool second_order = !q.first_order && (q.grads || q.grad_x_s || (q.grad_lr && K > 1));
-    keep = adjoint && K > 0 && (second_order || q.grad_lr);
-    scaled = S != 1 || plan.frozen || plan.tied || plan.factored;
+    keep = adjoint && K > 0 && (second_order || q.grad_lr || !q.step_weights.empty() || q.weight_decay != 0);
+    scaled = !q.plain || S != 1 || plan.frozen || plan.tied || plan.factored;
     for (char own : q.own) any_own |= own != 0;
     if (q.total_loss) losses.reset(new double[q.T]);
     theta.reset(new T[plan.P]());

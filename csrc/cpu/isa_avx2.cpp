@@ -6,6 +6,7 @@
 #  include <algorithm>
 #  include <cmath>
 #  include <cstring>
+#  include <limits>
 #  include <memory>
 #  include <optional>
 #  include <utility>

@@ -30,9 +30,12 @@ struct Request {
   int64_t T = 0, K = 0;
   int64_t checkpoint_every = 0;  // 0: keep every W_k
   bool first_order = false;
-  std::vector<char> factored;  // for each op: a linear layer whose weights stay factors; empty: none
-  double scale = 1;            // of the losses and the gradients of Tail::loss
-  bool per_task = false;       // gradients [T, ..] instead of summed [1, ..]
+  bool plain = true;  // W -= a g; else M <- momentum M + g min(1, max_norm / |g|) + weight_decay W, W -= a M
+  double momentum = 0, weight_decay = 0, max_norm = 0;
+  std::vector<double> step_weights;  // of the losses of Tail::loss after steps 1 to K; empty: the last alone
+  std::vector<char> factored;        // for each op: a linear layer whose weights stay factors; empty: none
+  double scale = 1;                  // of the losses and the gradients of Tail::loss
+  bool per_task = false;             // gradients [T, ..] instead of summed [1, ..]
   int threads = 1;
 
   std::vector<const void*> params;

@@ -1,6 +1,7 @@
 // A worker's memory and the run of tasks in it.
 #pragma once
 #include "call.h"
+#include "descent.h"
 #include "sweep.h"
 
 namespace fastmaml::FASTMAML_ISA {
@@ -20,11 +21,13 @@ struct Worker {
   const Call<T>& c;
   const Plan& plan;
   const Request& q;
+  const Descent<T> descent;
   const int64_t P, N, Q, K, ld0;  // ld0: of an example
   const Places support_places, query_places;
   std::optional<Arena> arena;
   int64_t frames = 0, weight_sets = 0;  // of the steps: frames, W_k of a task
   T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
+  T *stored_m, *segment_m, *n;  // M_k, as W_k; dL/dM
   int64_t frame, t_frame;       // floats of a step's frames
   bool dual, prepared = false;  // are there tangents?
   std::vector<Pass<T>> first, query;
@@ -37,6 +40,7 @@ struct Worker {
       : c(call),
         plan(call.plan),
         q(call.q),
+        descent(call),
         P(plan.P),
         N(call.N),
         Q(call.Q),
@@ -59,8 +63,12 @@ struct Worker {
     const std::size_t shared = sizes.size();
     for (std::size_t i = 0; i < (plan.factored ? plan.ops.size() : 0); ++i) sizes.push_back(layer_size(i));
     const std::size_t layers = sizes.size();
-    sizes.insert(sizes.end(),
-                 {L * P, L * weight_sets * P, c.keep ? L * (c.every - 1) * P : 0, L * P, L * P, P});
+    const int64_t kept = L * weight_sets * P, more = c.keep ? L * (c.every - 1) * P : 0;
+    sizes.insert(sizes.end(), {L * P, kept, more, L * P, L * P});
+    if (q.plain)
+      sizes.insert(sizes.end(), {P, 0, 0, 0});
+    else
+      sizes.insert(sizes.end(), {L * P, kept, more, L * P});
     int64_t total = 0;
     for (int64_t size : sizes) total += round_up(size, 16);
     arena.emplace(total * sizeof(T));
@@ -71,6 +79,7 @@ struct Worker {
     factored.resize(plan.ops.size()), fixed_input.resize(plan.ops.size());
     for (std::size_t op = 0; op < layers - shared; ++op) make_layer(op, take());
     theta_own = take(), stored = take(), segment = take(), v = take(), u = take(), g = take();
+    stored_m = take(), segment_m = take(), n = take();
     for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(L);
     s.first = &first, s.query = &query, s.frame = frame, s.t_frame = t_frame, s.K = K,
     s.grams = q.grad_lr || q.grad_x_s;
@@ -140,7 +149,9 @@ struct Worker {
   }
 
   // W_k: stored at every `every`-th step, in the current segment else. Without an adjoint two take turns.
-  T* weights(int64_t k, int64_t task) const {
+  T* weights(int64_t k, int64_t task) const { return of_step(k, task, stored, segment); }
+  T* momenta(int64_t k, int64_t task) const { return of_step(k, task, stored_m, segment_m); }
+  T* of_step(int64_t k, int64_t task, T* stored, T* segment) const {
     if (!c.keep) return stored + (task * weight_sets + (k & 1)) * P;
     if (k % c.every == 0) return stored + (task * weight_sets + k / c.every) * P;
     return segment + (task * (c.every - 1) + k % c.every - 1) * P;
@@ -159,14 +170,14 @@ struct Worker {
             carve_frame(plan, support_places, task, tangent_frames + (plan.side_by_side ? k * t_frame : 0)),
             weights_at(k, task)};
   }
-  Pass<T> query_pass(int64_t task) const {
+  Pass<T> query_pass(int64_t k, int64_t task) const {
     return {plan,
             Q,
             query_places.of(task),
             x_q + (s.offset + task) * Q * ld0,
             carve_frame(plan, query_places, task, query_frame),
             carve_frame(plan, query_places, task, tangent_frames),
-            weights_at(K, task)};
+            weights_at(k, task)};
   }
   // a sweep over all tasks side by side, after k steps on the support set
   void set_support_sweep(int64_t k) {
@@ -175,13 +186,13 @@ struct Worker {
     s.k = k, s.begin = 0, s.on_query = false;
   }
   // on the query set, over the tasks from `begin` to `end`
-  void set_query_sweep(int64_t begin, int64_t end) {
+  void set_query_sweep(int64_t k, int64_t begin, int64_t end) {
     s.tasks.clear();
-    for (int64_t task = begin; task < end; ++task) s.tasks.push_back(query_pass(task));
-    s.k = K, s.begin = begin, s.on_query = true;
+    for (int64_t task = begin; task < end; ++task) s.tasks.push_back(query_pass(k, task));
+    s.k = k, s.begin = begin, s.on_query = true;
   }
 
-  const T* lr(int64_t k) const { return static_cast<const T*>(q.lr) + k * c.S; }
+  const T* lr(int64_t k) const { return descent.lr(k); }
 
   void set_step_size(Pass<T>& p, int64_t k) const {
     p.grad_scale = c.S == 1 ? -lr(k)[0] : T(-1);
@@ -198,11 +209,18 @@ struct Worker {
       Pass<T>& p = s.tasks[task];
       loss<false>(p, q.support, t + task);
       p.skip_frozen = true;
-      p.grad_dst = weights(k + 1, task);
+      p.grad_dst = q.plain ? weights(k + 1, task) : g + task * P;
+      if (!q.plain) continue;
       p.grad_base = p.w;
       set_step_size(p, k);
     }
     backward<false>();
+    for (int64_t task = 0; task < count && !q.plain; ++task) {
+      clear_unused(g + task * P);
+      descent.descend(s.tasks[task].w, momenta(k, task), g + task * P, momenta(k + 1, task));
+      descent.step(k, s.tasks[task].w, momenta(k + 1, task), weights(k + 1, task));
+    }
+    if (!q.plain) return;
     for (const Pass<T>& p : s.tasks)
       for (int64_t i = 0; i < c.n_params(); ++i) {  // what no gradient reaches stays as it is
         const Slot& slot = plan.slots[i];
@@ -211,64 +229,53 @@ struct Worker {
       }
   }
 
-  // u = a_k v, 0 for what is frozen
-  void scale_tangent(int64_t k, const T* v, T* u) const {
-    for (int64_t i = 0; i < c.n_params(); ++i) {
-      const Slot& slot = plan.slots[i];
-      const T* each = c.element_lr() ? c.minus_lr.get() + k * P + slot.offset : nullptr;
-      const T a = !plan.program.params[i].adapt ? T(0) : each ? T(-1) : lr(k)[c.S == 1 ? 0 : i];
-      for (int64_t j = 0; j < slot.size(); ++j)
-        u[slot.offset + j] = (each ? a * each[j] : a) * v[slot.offset + j];
-    }
-  }
-
-  // dL/da_k -= v_{k+1} g_k, reduced to the shape of a_k; g is made anew from the kept activations
-  void add_lr_grad(int64_t k, const Sums<T>* sums) {
-    set_support_sweep(k);
+  // g of the sweep's tasks, made anew from the kept activations; f(task, g) of each before the next one's
+  template <class F>
+  void gradients(const F& f) {
     for (int64_t task = 0; task < count; ++task) {
-      T* const at = sums[task].grad_lr + k * c.lr_size();
-      // every task's g in the same place: their ops in turn
       Pass<T>& p = s.tasks[task];
-      p.grad_dst = g;
+      p.grad_dst = q.plain ? g : g + task * P;
       p.only_params = p.skip_frozen = true;
       for (std::size_t i = plan.ops.size(); i-- > 0;) {
         const OpPlan& o = plan.ops[i];
         if (!o.tangent_out) continue;
-        const bool adapts = o.op.w >= 0 && plan.program.params[o.op.w].adapt;
-        if (o.form == Form::dense) {
+        if (o.form == Form::dense)
           run_op<false, false>(o, p);
-        } else {
-          if (p.wants_param_grad(o.op.b)) bias_grad<false>(o, p);
-          const double a = !adapts                    ? 0
-                           : o.form == Form::factored ? factored[i]->lr_grad(k, task, q.first_order)
-                                                      : fixed_input[i]->lr_grad(s, k, task);
-          at[c.S == 1 ? 0 : o.op.w] += T(a);
-        }
+        else if (p.wants_param_grad(o.op.b))
+          bias_grad<false>(o, p);
       }
-      subtract_products(v + task * P, at);
+      if (!q.plain) clear_unused(p.grad_dst);
+      f(task, p.grad_dst);
     }
   }
-  void subtract_products(const T* v, T* at) const {
-    for (int64_t i = 0; i < c.n_params(); ++i) {
-      const Slot& slot = plan.slots[i];
-      if (slot.uses == 0 || !plan.program.params[i].adapt) continue;
-      double total = 0;
-      for (int64_t r = 0; r < slot.rows; ++r) {
-        for (int64_t j = slot.offset + r * slot.ld, end = j + slot.cols; j < end; ++j) {
-          if (c.element_lr())
-            at[j] -= v[j] * g[j];
-          else
-            total += double(v[j]) * double(g[j]);
-        }
-      }
-      if (!c.element_lr()) at[c.S == 1 ? 0 : i] -= T(total);
+
+  // dL/da_k -= v_{k+1} M_{k+1}
+  void add_lr_grad(int64_t k, int64_t task, const T* g, const Sums<T>* sums) {
+    T* const at = sums[task].grad_lr + k * c.lr_size();
+    for (std::size_t i = plan.ops.size(); i-- > 0;) {
+      const OpPlan& o = plan.ops[i];
+      if (o.form == Form::dense || !plan.program.params[o.op.w].adapt) continue;
+      at[c.S == 1 ? 0 : o.op.w] += T(o.form == Form::factored ? factored[i]->lr_grad(k, task, q.first_order)
+                                                              : fixed_input[i]->lr_grad(s, k, task));
     }
+    T* const m = u + task * P;
+    if (!q.plain) descent.descend(s.tasks[task].w, momenta(k, task), g, m);
+    descent.subtract_products(v + task * P, q.plain ? g : m, at);
   }
 
   // v_k, in place; or at the last step to the sums of `grads`, if there are such: true if it was
   bool adjoint_step(int64_t k, const Sums<T>* sums) {
-    if (q.grad_lr) add_lr_grad(k, sums);
-    if (q.first_order || (k == 0 && !q.grads && !q.grad_x_s)) return false;
+    const bool second_order = !q.first_order && (k > 0 || q.grads || q.grad_x_s);
+    set_support_sweep(k);
+    if (q.grad_lr || (second_order && descent.clips()))
+      gradients([&](int64_t task, const T* g) {
+        if (q.grad_lr) add_lr_grad(k, task, g, sums);
+      });
+    for (int64_t task = 0; task < count && !q.plain; ++task) {
+      descent.step_back(k, v + task * P, n + task * P);
+      descent.along(g + task * P, n + task * P, u + task * P);
+    }
+    if (!second_order) return false;
     set_support_sweep(k);
     const bool to_grads = q.grads && k == 0;
     for (int64_t task = 0; task < count; ++task) {
@@ -279,7 +286,7 @@ struct Worker {
       p.grad_dst = to_grads ? sums[task].grads : v_t;
       p.grad_add = to_grads && sums[task].add;
       if (c.scaled) {
-        scale_tangent(k, v_t, u + task * P);
+        if (q.plain) descent.along_plain(k, v_t, u + task * P);
         p.t_w = u + task * P;
         p.grad_scale = T(-1);
       } else {
@@ -329,15 +336,22 @@ struct Worker {
       }
       return;
     }
+    query_tails(K);
+  }
+
+  // of the weights after k steps: the last in the forward direction (v_K), the others on the way back
+  void query_tails(int64_t k) {
+    const double weight = q.step_weights.empty() ? 1 : q.step_weights[k - 1];
+    if (weight == 0 && k < K) return;
     // Most tasks have rows enough by themselves, and stay in the cache.
     const int64_t together = std::max<int64_t>(48 / std::max<int64_t>(Q, 1), 1);
     for (int64_t begin = 0; begin < count; begin += together) {
-      set_query_sweep(begin, std::min(begin + together, count));
-      query_tail();
+      set_query_sweep(k, begin, std::min(begin + together, count));
+      query_tail(k, weight * q.scale);
     }
   }
 
-  void query_tail() {
+  void query_tail(int64_t k, double scale) {
     const int64_t b = plan.program.output;
     const Buffer& out = plan.program.buffers[b];
     const int64_t out_size = Q * out.R * out.C;
@@ -351,9 +365,9 @@ struct Worker {
         if (q.seed)
           copy_rows(p.rows(b), out.C, static_cast<const T*>(q.seed) + at, out.C, p.grad(b), p.ld(b));
       } else {
-        const double value = loss<false>(p, q.query, t + task);
-        if (q.loss) static_cast<T*>(q.loss)[t + task] = T(q.scale * value);
-        if (q.total_loss) c.losses[t + task] = q.scale * value;
+        const double value = scale * loss<false>(p, q.query, t + task);
+        if (q.loss) static_cast<T*>(q.loss)[t + task] += T(value);
+        if (q.total_loss) c.losses[t + task] += value;
       }
       ++task;
     }
@@ -362,14 +376,15 @@ struct Worker {
     for (Pass<T>& p : s.tasks) {
       p.x_grad = q.grad_x_q;
       p.grad_dst = v + task * P;
-      p.grad_scale = T(q.scale);  // and with it all that comes after, which is linear in v
+      if (k < K) p.grad_base = p.grad_dst;
+      p.grad_scale = T(scale);  // and with it all that comes after, which is linear in v
       if (q.tail == Tail::curvature)
         p.grad_scale = q.grad_loss ? static_cast<const T*>(q.grad_loss)[t + task] : T(0);
       if (plan.factored) {  // the rows of d are part of v: they take the factor, and factored.h's sign
         for (int64_t i = 0; i < p.rows(b) * p.ld(b); ++i) p.grad(b)[i] *= -p.grad_scale;
         p.grad_scale = T(-1);
       }
-      clear_unused(p.grad_dst);
+      if (k == K) clear_unused(p.grad_dst);
       ++task;
     }
     backward<false>();
@@ -430,12 +445,24 @@ struct Worker {
     if (plan.factored) {
       first.clear(), query.clear();
       for (int64_t task = 0; task < count; ++task) {
-        first.push_back(support_pass(0, task)), query.push_back(query_pass(task));
+        first.push_back(support_pass(0, task)), query.push_back(query_pass(K, task));
         for (auto& layer : fixed_input)
           if (layer) layer->begin(task, first[task].x, query[task].x, plan.ld[0]);
       }
     }
-    for (int64_t k = 0; k < K; ++k) inner_step(k);
+    for (int64_t task = 0; task < count && !q.plain && K > 0; ++task) {
+      std::memset(momenta(0, task), 0, P * sizeof(T));
+      std::memset(n + task * P, 0, P * sizeof(T));
+    }
+    for (int64_t task = 0; task < count; ++task) {
+      if (q.loss) static_cast<T*>(q.loss)[t + task] = 0;
+      if (q.total_loss) c.losses[t + task] = 0;
+    }
+    const bool at_steps = !q.step_weights.empty();
+    for (int64_t k = 0; k < K; ++k) {
+      inner_step(k);
+      if (at_steps && !c.keep && k + 1 < K) query_tails(k + 1);
+    }
     tail();
     if (!c.adjoint) return;
     bool added = false;
@@ -443,6 +470,7 @@ struct Worker {
       if ((k + 1) % c.every == 0 && k + 1 < K)  // a segment whose activations were written over
         for (int64_t j = k + 1 - c.every; j <= k; ++j) inner_step(j);
       added = adjoint_step(k, sums);
+      if (at_steps && k > 0) query_tails(k);
     }
     for (int64_t task = 0; task < count && q.grads && !added; ++task)
       add_up(sums[task].grads, v + task * P, P, sums[task].add);

@@ -165,28 +165,28 @@ def value_and_grad_backward(problem, params, x, y, grad_loss, v, *, needs, per_t
     return _place(_op.value_and_grad_backward(params, x, *y, grad_loss, v, encoded, per_task, *want), want)
 
 
-def inner_loop(problem, params, lr, x, y, *, steps):
-    return _op.inner_loop(params, lr, x, *y, _encoded(problem, x), steps)[0]
+def inner_loop(problem, params, lr, x, y, *, steps, rule=()):
+    return _op.inner_loop(params, lr, x, *y, _encoded(problem, x), steps, rule)[0]
 
 
-def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs):
+def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, rule=(), checkpoint_every, needs):
     want = "params" in needs, "lr" in needs and steps > 0, "x" in needs
     encoded, every = _encoded(problem, x), checkpoint_every or 0
-    out = _op.inner_loop_backward(params, lr, x, *y, v, encoded, steps, first_order, every, *want)
+    out = _op.inner_loop_backward(params, lr, x, *y, v, encoded, steps, first_order, rule, every, *want)
     grads, grad_lr, grad_x = _place(out, want)
     return grads, _over_tasks(grad_lr, False), grad_x
 
 
 def meta_loss(
     problem, params, lr, support, query,
-    *, steps, first_order, checkpoint_every, per_task, scale, needs, factored=(),
+    *, steps, first_order, rule=(), step_weights=(), checkpoint_every, per_task, scale, needs, factored=(),
 ):  # fmt: skip
     (x_s, y_s), (x_q, y_q) = support, query
     want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
     encoded, every = _encoded(problem, x_s), checkpoint_every or 0
     loss, *out = _op.meta_loss(
         params, lr, x_s, *y_s, x_q, *y_q,
-        encoded, factored, steps, first_order, every, per_task, scale, *want,
+        encoded, factored, steps, first_order, rule, step_weights, every, per_task, scale, *want,
     )  # fmt: skip
     grads, grad_lr, grad_s, grad_q = _place(out, want)
     return loss, grads, _over_tasks(grad_lr, per_task), grad_s, grad_q
@@ -253,11 +253,11 @@ def _register_fakes() -> None:
         return _wanted(x, (grad_params, (rows, P)), (grad_x, x.shape))
 
     @fake("fastmaml::inner_loop")
-    def _(params, lr, x, y, weight, program, steps):
+    def _(params, lr, x, y, weight, program, steps, rule):
         return [x.new_empty(_rows_and_P(params, program, x.shape[0], True))]
 
     @fake("fastmaml::inner_loop_backward")
-    def _(params, lr, x, y, weight, v, program, steps, first_order, checkpoint_every,
+    def _(params, lr, x, y, weight, v, program, steps, first_order, rule, checkpoint_every,
           grad_params, grad_lr, grad_x):  # fmt: skip
         rows, P = _rows_and_P(params, program, x.shape[0], False)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
@@ -265,7 +265,7 @@ def _register_fakes() -> None:
 
     @fake("fastmaml::meta_loss")
     def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, factored, steps, first_order,
-          checkpoint_every, per_task, scale, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
+          rule, step_weights, checkpoint_every, per_task, scale, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
         rows, P = _rows_and_P(params, program, x_s.shape[0], per_task)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
         grads = _wanted(x_s, (grad_params, (rows, P)), lr_grad, (grad_x_s, x_s.shape), (grad_x_q, x_q.shape))

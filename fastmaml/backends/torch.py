@@ -4,6 +4,7 @@ The recursion of the kernels, in torch.func: H u is the jvp of the gradient, vma
 differentiated twice by reverse mode and memory is O(K * weights), not O(K * activations).
 """
 
+import math
 import sys
 import warnings
 from functools import cache
@@ -188,73 +189,137 @@ def _step_sizes(problem, lr_k: Tensor) -> list[Tensor | float]:
     return [a if adapt else 0.0 for a, adapt in zip(each, problem.adapt, strict=True)]
 
 
-def _step(problem, w: Weights, lr_k: Tensor, x, y) -> Weights:
-    g = _map(grad(_loss(problem)), w, x, *y)
+State = tuple[Weights, Weights | None]  # W_k, M_k: see optimizers.py; None where the rule is ()
+
+
+def _start(problem, params, T: int, rule) -> State:
+    w = _own(problem, params, T)
+    return w, [torch.zeros_like(p) for p in w] if rule else None
+
+
+def _clip(problem, g: Weights, most: float) -> tuple[Tensor, Tensor]:
+    """c = min(1, most / (|g| + 1e-6)) and dc / d(|g|^2 / 2), [T]"""
+    norm = torch.stack([a.flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok])
+    norm = norm.sum(0).sqrt()
+    c = most / (norm + 1e-6)
+    return c.clamp(max=1.0), torch.where(c < 1, -c / ((norm + 1e-6) * norm), 0.0)  # no clipping at |g| = 0
+
+
+def _each(a: Tensor, like: Tensor) -> Tensor:
+    """[T] beside [T, *shape]"""
+    return a.view(-1, *[1] * (like.dim() - 1))
+
+
+def _descent(problem, state: State, g: Weights, rule) -> Weights:
+    """M_{k+1} = momentum M_k + c g_k + weight_decay W_k"""
+    w, m = state
+    if m is None:
+        return g
+    momentum, decay, most = rule
+    if most < math.inf:
+        c, _ = _clip(problem, g, most)
+        g = [_each(c, a) * a for a in g]
+    return [momentum * b + a + decay * p for p, b, a in zip(w, m, g, strict=True)]
+
+
+def _through_clip(problem, n: Weights, g: Weights, rule) -> Weights:
+    """The derivative of c g by g, times n: c n + c' <g, n> g"""
+    if not rule or rule[2] == math.inf:
+        return n
+    c, slope = _clip(problem, g, rule[2])
+    along = slope * torch.stack([(a * b).flatten(1).sum(1) for a, b in zip(g, n, strict=True)]).sum(0)
+    return [
+        _each(c, a) * a + _each(along, b) * b if ok else a
+        for a, b, ok in zip(n, g, problem.adapt, strict=True)
+    ]
+
+
+def _step(problem, state: State, lr_k: Tensor, rule, x, y) -> State:
+    m = _descent(problem, state, _map(grad(_loss(problem)), state[0], x, *y), rule)
     sizes = _step_sizes(problem, lr_k)
-    return [p if not a else p - s * d for p, s, d, a in zip(w, sizes, g, problem.adapt, strict=True)]
+    w = [p - s * d if a else p for p, s, d, a in zip(state[0], sizes, m, problem.adapt, strict=True)]
+    return w, m if rule else None
 
 
-def inner_loop(problem, params, lr, x, y, *, steps):
-    w = _own(problem, params, len(x))
+def inner_loop(problem, params, lr, x, y, *, steps, rule=()):
+    state = _start(problem, params, len(x), rule)
     for k in range(steps):
-        w = _step(problem, w, lr[k], x, y)
-    return flatten(problem, w)
+        state = _step(problem, state, lr[k], rule, x, y)
+    return flatten(problem, state[0])
 
 
-def _trajectory(problem, params, lr, x, y, steps, every) -> tuple[dict[int, Weights], Weights]:
-    """W_k at every `every`-th k, and W_K"""
-    w = _own(problem, params, len(x))
+def _trajectory(problem, params, lr, x, y, steps, rule, every) -> tuple[dict[int, State], Weights]:
+    """W_k and M_k at every `every`-th k, and W_K"""
+    state = _start(problem, params, len(x), rule)
     stored = {}
     for k in range(steps):
         if k % every == 0:
-            stored[k] = w
-        w = _step(problem, w, lr[k], x, y)
-    return stored, w
+            stored[k] = state
+        state = _step(problem, state, lr[k], rule, x, y)
+    return stored, state[0]
 
 
-def _adjoint(problem, stored, v, lr, x, y, steps, first_order, every, per_task, needs):
-    """v_k = v_{k+1} - H_k (a_k v_{k+1}) down to v_0; also dL/da [T or 1, K, S] and dL/dx."""
-    n, S = len(problem.names), lr.shape[1] if steps else 1
+def _adjoint(
+    problem, stored, v, lr, x, y, *, steps, first_order, rule, every, per_task, needs, query_gradient=None
+):  # fmt: skip
+    """v_0, dL/da [T or 1, K, S] and dL/dx, with n = dL/dM_{k+1} from
+
+        n <- momentum n - a_k v_{k+1},    v_k = v_{k+1} + H_k (c n)' + weight_decay n
+
+    where (c n)' is n through the clipping; v_k = v_{k+1} - H_k (a_k v_{k+1}) for plain descent.
+
+    query_gradient(k, W_k): that of the query loss after step k, to be added to v_k; None where it has none
+    """
+    count, S = len(problem.names), lr.shape[1] if steps else 1
     g_lr, g_x = [], torch.zeros_like(x) if "x" in needs else None
+    momentum, decay, most = rule or (0.0, 0.0, math.inf)
+    n: Weights | None = None
     for start in reversed(range(0, steps, every)):
         end = min(start + every, steps)
         segment = [stored.pop(start)]
         for k in range(start, end - 1):
-            segment.append(_step(problem, segment[-1], lr[k], x, y))
+            segment.append(_step(problem, segment[-1], lr[k], rule, x, y))
         for k in reversed(range(start, end)):
-            w = segment.pop()
+            w, _ = state = segment.pop()
+            step = [-s * a for s, a in zip(_step_sizes(problem, lr[k]), v, strict=True)]
+            n = [a + momentum * b for a, b in zip(step, n, strict=True)] if n and momentum else step
+            clips = most < math.inf and not first_order
+            g = _map(grad(_loss(problem)), w, x, *y) if "lr" in needs or clips else None
             if "lr" in needs:
-                g = _map(grad(_loss(problem)), w, x, *y)
                 each = [
                     -(a * b) if ok else torch.zeros_like(a)
-                    for a, b, ok in zip(v, g, problem.adapt, strict=True)
+                    for a, b, ok in zip(v, _descent(problem, state, g, rule), problem.adapt, strict=True)
                 ]
-                if S not in (1, n):
+                if S not in (1, count):
                     row = flatten(problem, each)
                 else:
                     row = torch.stack([e.flatten(1).sum(1) for e in each], 1)
                     row = row.sum(1, keepdim=True) if S == 1 else row
                 g_lr.append(row if per_task else row.sum(0, keepdim=True))
             if not first_order:
-                u = [s * a for s, a in zip(_step_sizes(problem, lr[k]), v, strict=True)]
-                h, h_x = _curvature(problem, w, u, x, y, "x" in needs)
-                v = [a - b for a, b in zip(v, h, strict=True)]
-                g_x = g_x - h_x if h_x is not None else g_x
+                h, h_x = _curvature(problem, w, _through_clip(problem, n, g, rule), x, y, "x" in needs)
+                v = [a + b for a, b in zip(v, h, strict=True)]
+                g_x = g_x + h_x if h_x is not None else g_x
+            if decay:
+                v = [a + decay * b for a, b in zip(v, n, strict=True)]
+            if query_gradient and (more := query_gradient(k, w)):
+                v = [a + b for a, b in zip(v, more, strict=True)]
     return v, torch.stack(g_lr[::-1], 1) if g_lr else None, g_x
 
 
-def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs):
+def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, rule=(), checkpoint_every, needs):
     every = checkpoint_every or max(steps, 1)
-    stored, _ = _trajectory(problem, params, lr, x, y, steps, every)
+    stored, _ = _trajectory(problem, params, lr, x, y, steps, rule, every)
     v, g_lr, g_x = _adjoint(
-        problem, stored, unflatten(problem, v), lr, x, y, steps, first_order, every, False, needs
-    )
+        problem, stored, unflatten(problem, v), lr, x, y,
+        steps=steps, first_order=first_order, rule=rule, every=every, per_task=False, needs=needs,
+    )  # fmt: skip
     return _reduce(problem, params, flatten(problem, v), False), g_lr, g_x
 
 
 def meta_loss(
     problem, params, lr, support, query,
-    *, steps, first_order, checkpoint_every, per_task, scale, needs, factored=(),
+    *, steps, first_order, rule=(), step_weights=(), checkpoint_every, per_task, scale, needs, factored=(),
 ):  # fmt: skip
     if factored and "reverse" not in problem.memo:
         _prepare_jvp()
@@ -270,18 +335,39 @@ def meta_loss(
     every = checkpoint_every or max(steps, 1)
     back = needs & {"params", "lr", "x_s"}
     of_task = _loss(problem)
-
-    def query_loss(*args):
-        return scale * of_task(*args)
-
-    if not back and "x_q" not in needs:
-        w = unflatten(problem, inner_loop(problem, params, lr, x, y, steps=steps))
-        loss = _map(query_loss, w, x_q, *y_q)
-        return loss if per_task else loss.sum(), None, None, None, None
-    stored, w = _trajectory(problem, params, lr, x, y, steps, every)
     argnums = (0, 1) if "x_q" in needs else (0,)
-    (v, *g_xq), loss = _map(grad_and_value(query_loss, argnums=argnums), w, x_q, *y_q)
-    inner = {"x" if n == "x_s" else n for n in needs}
-    v, g_lr, g_x = _adjoint(problem, stored, v, lr, x, y, steps, first_order, every, per_task, inner)
+    weights = step_weights or (*[0.0] * (steps - 1), 1.0)  # after steps 1, .., or after none
+    loss, g_xq = x.new_zeros(len(x)), torch.zeros_like(x_q) if "x_q" in needs else None
+
+    def query_gradient(k: int, w: Weights) -> Weights | None:
+        """That of W_k, k > 0; the loss and the gradient by x_q are added up."""
+        nonlocal loss, g_xq
+        weight = weights[k - 1] if k else 0.0 if steps else weights[0]
+        if not weight:
+            return None
+        run = lambda *args: scale * weight * of_task(*args)  # noqa: E731
+        if not back and "x_q" not in needs:
+            loss = loss + _map(run, w, x_q, *y_q)
+            return None
+        (g, *g_x), value = _map(grad_and_value(run, argnums=argnums), w, x_q, *y_q)
+        loss = loss + value
+        g_xq = g_xq + g_x[0] if g_x else None
+        return g
+
+    if not back:
+        state = _start(problem, params, len(x), rule)
+        for k in range(steps):
+            state = _step(problem, state, lr[k], rule, x, y)
+            if step_weights and k + 1 < steps:
+                query_gradient(k + 1, state[0])
+        query_gradient(steps, state[0])
+        return loss if per_task else loss.sum(), None, None, None, g_xq
+    stored, w = _trajectory(problem, params, lr, x, y, steps, rule, every)
+    v = query_gradient(steps, w) or [torch.zeros_like(p) for p in w]
+    v, g_lr, g_x = _adjoint(
+        problem, stored, v, lr, x, y, steps=steps, first_order=first_order, rule=rule, every=every,
+        per_task=per_task, needs={"x" if n == "x_s" else n for n in needs},
+        query_gradient=query_gradient if step_weights else None,
+    )  # fmt: skip
     grads = _reduce(problem, params, flatten(problem, v), per_task)
-    return loss if per_task else loss.sum(), grads, g_lr, g_x, g_xq[0] if g_xq else None
+    return loss if per_task else loss.sum(), grads, g_lr, g_x, g_xq
