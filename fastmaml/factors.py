@@ -33,8 +33,8 @@ def apply(problem: Problem, ws: Sequence[Any], x: Tensor, chunk: int | None) -> 
 
 @torch.no_grad()
 def inner_loop(
-    problem: Problem, ws: Sequence[Any], x: Tensor, y: Sequence[Tensor | None], lr: Tensor, chunk: int | None,
-    fast_weights: Any,
+    problem: Problem, ws: Sequence[Any], x: Tensor, y: Sequence[Tensor | None], lr: Tensor,
+    rule: tuple[float, ...], chunk: int | None, fast_weights: Any,
 ) -> dict[str, Tensor | FactoredWeight]:  # fmt: skip
     """Fast weights, those asked for and those that were so before as factors; lr [K, S]."""
     (T, N), (K, S) = x.shape[:2], lr.shape
@@ -52,7 +52,7 @@ def inner_loop(
     parts = [
         torch_factored.inner_loop(
             BACKENDS["torch"], problem, of_tasks(problem, ws, some), lr, x[some],
-            [None if a is None else a[some] for a in y], steps=K, factored=sorted({*asked, *kept}),
+            [None if a is None else a[some] for a in y], steps=K, rule=rule, factored=sorted({*asked, *kept}),
         )
         for some in _chunks(T, chunk)
     ]  # fmt: skip

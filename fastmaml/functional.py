@@ -9,14 +9,11 @@ Differentiable once by ordinary autograd with respect to params, lr and x. `fast
 functions in a form to read, differentiable any number of times.
 """
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from . import factors
 from .arguments import (
@@ -31,8 +28,22 @@ from .arguments import (
     target,
     update_rule,
 )
+from .autograd import (
+    Apply,
+    InnerLoop,
+    MetaLoss,
+    ValueAndGrad,
+    flat_of,
+    in_kernels,
+    no_derivative,
+    once,
+    over_tasks,
+    parameter_grads,
+    run_meta,
+    views_of,
+)
 from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
-from .forms import FactoredWeight
+from .forms import layers
 from .losses import CrossEntropy
 
 Params = Mapping[str, Tensor]
@@ -50,7 +61,7 @@ def apply(
     problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks, may_be_factored=True)
     if factors.places(ws):
         return factors.apply(problem, ws, x, chunk_tasks)
-    return _Apply.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *ws)
+    return Apply.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *ws)
 
 
 def value_and_grad(
@@ -59,7 +70,7 @@ def value_and_grad(
     """Every task's loss [T] and its gradient {name: [T, *shape]}; the derivative of the latter is the HVP."""
     problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
     y = target(problem, y, x, "y")
-    value, *grads = _ValueAndGrad.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *y, *ws)
+    value, *grads = ValueAndGrad.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *y, *ws)
     return value, dict(zip(problem.names, grads, strict=True))
 
 
@@ -76,10 +87,10 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None) -> dict
         )
 
     with torch.no_grad():
-        v = _flat(problem, vs, x)
-        product, _ = _over_tasks(problem, chunk_tasks, run, ws, (x, *y, v), (False, False))
-        products = _views(problem, product, x.shape[0])
-    return dict(zip(problem.names, _once(products) if needs else products, strict=True))
+        v = flat_of(problem, vs, x)
+        product, _ = over_tasks(problem, chunk_tasks, run, ws, (x, *y, v), (False, False))
+        products = views_of(problem, product, x.shape[0])
+    return dict(zip(problem.names, once(products) if needs else products, strict=True))
 
 
 def inner_loop(
@@ -101,10 +112,10 @@ def inner_loop(
     if fast_weights not in (None, "dense") or factors.places(ws):
         found = factors.inner_loop(problem, ws, x, y, rates, rule, chunk_tasks, fast_weights)
         needs = _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x)
-        return {n: _no_derivative(w) if needs else w for n, w in found.items()}
+        return {n: no_derivative(w) if needs else w for n, w in found.items()}
     needs = _needs(params=ws, lr=rates, x=x)
     how = problem, name, chunk_tasks, needs, steps, first_order, rule, checkpoint_every
-    return dict(zip(problem.names, _InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
+    return dict(zip(problem.names, InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
 
 
 def meta_loss(
@@ -123,13 +134,13 @@ def meta_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    problem, name, rates, data, ws, factored = _enter_meta(
-        model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
-    )
+    problem, name, rates, data, ws, loop, factored = _enter_meta(
+        model, params, support, query, loss, lr, steps, first_order, optimizer, step_weights,
+        backend, chunk_tasks, checkpoint_every, fast_weights,
+    )  # fmt: skip
     needs = _needs(params=ws, lr=rates, x_s=data[0], x_q=data[3])
-    loop = steps, first_order, update_rule(optimizer), loss_weights(step_weights, steps), checkpoint_every
     how = problem, name, chunk_tasks, needs, loop, reduction, factored
-    return _MetaLoss.apply(how, rates, *data, *ws)
+    return MetaLoss.apply(how, rates, *data, *ws)
 
 
 def meta_value_and_grad(
@@ -144,23 +155,13 @@ def meta_value_and_grad(
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
     with torch.no_grad():
-        problem, name, rates, data, ws, factored = _enter_meta(
-            model,
-            params,
-            support,
-            query,
-            loss,
-            lr,
-            steps,
-            backend,
-            chunk_tasks,
-            checkpoint_every,
-            fast_weights,
-        )
-        loop = steps, first_order, update_rule(optimizer), loss_weights(step_weights, steps), checkpoint_every
+        problem, name, rates, data, ws, loop, factored = _enter_meta(
+            model, params, support, query, loss, lr, steps, first_order, optimizer, step_weights,
+            backend, chunk_tasks, checkpoint_every, fast_weights,
+        )  # fmt: skip
         how = problem, name, chunk_tasks, _PARAMS, loop, reduction, factored
-        value, grads, *_ = _run_meta(how, rates, data, ws)
-        views = _parameter_grads(problem.strided[grads.element_size()], grads, ws)
+        value, grads, *_ = run_meta(how, rates, data, ws)
+        views = parameter_grads(problem.strided[grads.element_size()], grads, ws)
     return value, dict(zip(problem.names, views, strict=True))
 
 
@@ -168,12 +169,14 @@ _PARAMS = frozenset({"params"})
 
 
 def _enter_meta(
-    model, params, support, query, loss, lr, steps, backend, chunk_tasks, checkpoint_every, fast_weights
-):
-    """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, and the
-    places of the weights that stay factored."""
+    model, params, support, query, loss, lr, steps, first_order, optimizer, step_weights,
+    backend, chunk_tasks, checkpoint_every, fast_weights,
+):  # fmt: skip
+    """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, what the
+    loop does besides, and the places of the weights that stay factored."""
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
+    loop = steps, first_order, update_rule(optimizer), loss_weights(step_weights, steps), checkpoint_every
     (x_s, y_s), (x_q, y_q) = support, query
     seen = None if torch.compiler.is_compiling() else signature(params, x_s, y_s, x_q, y_q)
     if seen:
@@ -185,13 +188,14 @@ def _enter_meta(
                 check_labels("support y", y_s, classes)
                 check_labels("query y", y_q, classes)
             rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
-            known = problem.memo["forms"]  # with fast_weights=None, by the shape of lr
-            factored = known.get(rates.shape) if fast_weights is None else None
+            known = problem.memo["forms"]  # with fast_weights=None and plain descent, by the shape of lr
+            usual = fast_weights is None and not loop[2] and not loop[3]
+            factored = known.get(rates.shape) if usual else None
             if factored is None:
-                factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
-                if fast_weights is None:
+                factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
+                if usual:
                     known[rates.shape] = factored
-            return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, factored
+            return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
     problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
     x_q = check_x("query x", x_q)
     check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
@@ -204,11 +208,17 @@ def _enter_meta(
     if seen and tuple(params) == problem.names:
         problem.memo["seen"], problem.memo["forms"] = seen, {}
     rates = step_sizes(problem, lr, steps, x_s)
-    factored = _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights)
-    return problem, name, rates, data, ws, factored
+    factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
+    return problem, name, rates, data, ws, loop, factored
 
 
-def _factored(model, problem, loss, rates, x_s, x_q, ws, fast_weights) -> tuple[int, ...]:
+def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:
+    if not in_kernels(name, loop):
+        if fast_weights is None:
+            return ()
+        if isinstance(fast_weights, Mapping):
+            names = [problem.names[layer.weight] for layer in layers(problem)]
+            fast_weights = dict.fromkeys(names, "dense") | {n: f for n, f in fast_weights.items() if f}
     own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
     sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0]
     how = sizes, own, rates.shape[1], fast_weights
@@ -256,216 +266,3 @@ def _needs(**inputs: Tensor | Sequence[Tensor]) -> frozenset[str]:
 
 def _wants(a: Tensor | Sequence[Tensor]) -> bool:
     return a.requires_grad if isinstance(a, Tensor) else any(p.requires_grad for p in a)
-
-
-class _Apply(Function):
-    @staticmethod
-    def forward(ctx, how, x, *ws):
-        problem, name, chunk, _ = ctx.how = how
-        ctx.save_for_backward(x, *ws)
-        run = lambda ws, x: (BACKENDS[name].apply(problem, ws, x),)  # noqa: E731
-        return _over_tasks(problem, chunk, run, ws, (x,), (False,))[0]
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        problem, name, chunk, needs = ctx.how
-        x, *ws = ctx.saved_tensors
-
-        def run(ws, x, d):
-            return BACKENDS[name].apply_backward(problem, ws, x, d, needs=needs)
-
-        summed = (not _any_own(problem, ws), False)
-        with torch.no_grad():
-            grads, grad_x = _over_tasks(problem, chunk, run, ws, (x, grad_out.contiguous()), summed)
-            out = grad_x, *_parameter_grads(problem.strided[x.element_size()], grads, ws)
-        return None, *_once(out)
-
-
-class _ValueAndGrad(Function):
-    @staticmethod
-    def forward(ctx, how, x, t, w, *ws):
-        problem, name, chunk, _ = ctx.how = how
-        ctx.save_for_backward(x, t, w, *ws)
-        ctx.set_materialize_grads(False)
-        run = lambda ws, x, t, w: BACKENDS[name].value_and_grad(problem, ws, x, (t, w))  # noqa: E731
-        value, grads = _over_tasks(problem, chunk, run, ws, (x, t, w), (False, False))
-        return value, *_views(problem, grads, x.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad_value, *vs):
-        problem, name, chunk, needs = ctx.how
-        x, t, w, *ws = ctx.saved_tensors
-
-        def run(ws, x, t, w, d, v):
-            return BACKENDS[name].value_and_grad_backward(problem, ws, x, (t, w), d, v, needs=needs)
-
-        summed = (not _any_own(problem, ws), False)
-        with torch.no_grad():
-            v = _flat(problem, vs, x)
-            d = None if grad_value is None else grad_value.contiguous()
-            grads, grad_x = _over_tasks(problem, chunk, run, ws, (x, t, w, d, v), summed)
-            out = grad_x, None, None, *_parameter_grads(problem.strided[x.element_size()], grads, ws)
-        return None, *_once(out)
-
-
-class _InnerLoop(Function):
-    @staticmethod
-    def forward(ctx, how, lr, x, t, w, *ws):
-        problem, name, chunk, _, steps, _, rule, _ = ctx.how = how
-        ctx.save_for_backward(lr, x, t, w, *ws)
-        ctx.set_materialize_grads(False)
-        run = lambda ws, x, t, w: (BACKENDS[name].inner_loop(problem, ws, lr, x, (t, w), steps=steps, rule=rule),)  # noqa: E731
-        (fast,) = _over_tasks(problem, chunk, run, ws, (x, t, w), (False,))
-        return tuple(_views(problem, fast, x.shape[0]))
-
-    @staticmethod
-    def backward(ctx, *vs):
-        problem, name, chunk, needs, steps, first_order, rule, every = ctx.how
-        lr, x, t, w, *ws = ctx.saved_tensors
-
-        def run(ws, x, t, w, v):
-            return BACKENDS[name].inner_loop_backward(
-                problem, ws, lr, x, (t, w), v,
-                steps=steps, first_order=first_order, rule=rule, checkpoint_every=every, needs=needs,
-            )  # fmt: skip
-
-        summed = (not _any_own(problem, ws), True, False)
-        with torch.no_grad():
-            v = _flat(problem, vs, x)
-            grads, grad_lr, grad_x = _over_tasks(problem, chunk, run, ws, (x, t, w, v), summed)
-            grad_lr = None if grad_lr is None else grad_lr[0]
-            out = grad_lr, grad_x, None, None, *_parameter_grads(problem.strided[x.element_size()], grads, ws)
-        return None, *_once(out)
-
-
-def _run_meta(how, lr, data, ws) -> Sequence[Any]:
-    """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
-    problem, name, chunk, needs, (steps, first_order, rule, step_weights, every), reduction, factored = how
-    per_task = reduction == "none"
-    scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
-
-    def run(ws, x_s, t_s, w_s, x_q, t_q, w_q):
-        return BACKENDS[name].meta_loss(
-            problem, ws, lr, (x_s, (t_s, w_s)), (x_q, (t_q, w_q)),
-            steps=steps, first_order=first_order, rule=rule, step_weights=step_weights, checkpoint_every=every,
-            per_task=per_task, scale=scale, needs=needs, factored=factored,
-        )  # fmt: skip
-
-    summed = (not per_task, not per_task and not _any_own(problem, ws), not per_task, False, False)
-    return _over_tasks(problem, chunk, run, ws, data, summed)
-
-
-class _MetaLoss(Function):
-    @staticmethod
-    def forward(ctx, how, lr, x_s, t_s, w_s, x_q, t_q, w_q, *ws):
-        problem = how[0]
-        value, *grads = _run_meta(how, lr, (x_s, t_s, w_s, x_q, t_q, w_q), ws)
-        # the gradients are all that backward reads: nothing else stays in memory
-        ctx.save_for_backward(*grads)
-        ctx.own = [p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)]
-        ctx.where = problem.strided[x_s.element_size()]
-        return value
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        grads, grad_lr, grad_s, grad_q = (_scaled(g, grad_out) for g in ctx.saved_tensors)
-        grad_lr = None if grad_lr is None else grad_lr.sum(0)
-        params = _parameter_grads(ctx.where, grads, ctx.own)
-        return None, *_once((grad_lr, grad_s, None, None, grad_q, None, None, *params))
-
-
-def _scaled(g: Tensor | None, scale: Tensor) -> Tensor | None:
-    if g is None:
-        return None
-    return g * (scale.view(-1, *[1] * (g.dim() - 1)) if scale.dim() else scale)
-
-
-def _over_tasks(
-    problem: Problem,
-    chunk: int | None,
-    run: Callable[..., Sequence[Tensor | None]],
-    ws: Sequence[Tensor],
-    data: Sequence[Tensor | None],  # [T, ..] each
-    summed: Sequence[bool],
-) -> Sequence[Any]:
-    """run(ws, *data) on `chunk` tasks at a time; results are joined, or added up where `summed`."""
-    assert data[0] is not None
-    T = data[0].shape[0]
-    if chunk is None or chunk >= T:
-        return run(list(ws), *data)
-    parts = []
-    for start in range(0, T, chunk):
-        some = slice(start, start + chunk)
-        parts.append(
-            run(factors.of_tasks(problem, ws, some), *[None if a is None else a[some] for a in data])
-        )
-    return [
-        None if part[0] is None else reduce(operator.add, part) if add else torch.cat(part)
-        for part, add in zip(zip(*parts, strict=True), summed, strict=True)
-    ]
-
-
-def _any_own(problem: Problem, ws: Sequence[Tensor]) -> bool:
-    return any(p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True))
-
-
-def _views(problem: Problem, flat: Tensor, T: int) -> list[Tensor]:
-    """[T, P] -> [T, *shape] per parameter, without copies."""
-    P = flat.shape[1]
-    where = problem.strided[flat.element_size()]
-    return [flat.as_strided((T, *shape), (P, *stride), at) for shape, stride, at in where]
-
-
-def _flat(problem: Problem, vs: Sequence[Tensor | None], x: Tensor) -> Tensor:
-    """[T, *shape] or [*shape] or None (zero) per parameter -> [T, P]"""
-    flat = x.new_zeros(x.shape[0], problem.layouts[x.element_size()][1])
-    for view, v in zip(_views(problem, flat, x.shape[0]), vs, strict=True):
-        if v is not None:
-            view.copy_(v)
-    return flat
-
-
-def _parameter_grads(where: Sequence[Any], flat: Tensor | None, ws: Sequence[Any]) -> list[Any]:
-    """[1 or T, P] -> each parameter's gradient: [T, *shape] where it has one per task, else summed.
-
-    where: Problem.strided; ws: the parameters, or of each whether it has one per task
-    """
-    if flat is None:
-        return [None] * len(ws)
-    rows, P = flat.shape
-    own = [w if isinstance(w, bool) else w.dim() > len(s) for w, (s, _, _) in zip(ws, where, strict=True)]
-    if rows == 1 and True not in own:
-        return [flat.as_strided(shape, stride, at) for shape, stride, at in where]
-    views = [flat.as_strided((rows, *shape), (P, *stride), at) for shape, stride, at in where]
-    return [v if mine else v.sum(0) for v, mine in zip(views, own, strict=True)]
-
-
-_HIGHER = (
-    "fastmaml.functional has no derivative of this order; "
-    "fastmaml.reference is differentiable any number of times"
-)
-_OF_FACTORS = "factors have no derivative: call meta_loss, or inner_loop with fast_weights='dense'"
-
-
-def _once(tensors: Sequence[Any], why: str = _HIGHER) -> Sequence[Any]:
-    """The tensors, which under create_graph=True say what to do when they are differentiated again."""
-    if not torch.is_grad_enabled():
-        return tensors
-    return _NoDerivative.apply(why, torch.zeros((), requires_grad=True), *tensors)
-
-
-def _no_derivative(w: Tensor | FactoredWeight) -> Tensor | FactoredWeight:
-    if isinstance(w, FactoredWeight):
-        return FactoredWeight(w.theta, *_once((w.d, w.x), _OF_FACTORS))
-    return _once((w,), _OF_FACTORS)[0]
-
-
-class _NoDerivative(Function):
-    @staticmethod
-    def forward(ctx, why, anchor, *tensors):
-        ctx.why = why
-        return tuple(None if a is None else a.clone() for a in tensors)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(ctx.why)

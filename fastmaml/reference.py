@@ -53,8 +53,8 @@ def meta_loss(
     values = []
     for (p, s), (_, q) in zip(_tasks(model, params, *support), _tasks(model, params, *query), strict=True):
         w = _adapt(model, p, s, loss, lr, steps, first_order, optimizer)
-        each = [1.0] if step_weights is None else step_weights
-        values.append(sum(a * _loss(model, loss, q)(w_k) for a, w_k in zip(each, w[-len(each) :], strict=True)))
+        each, of_query = [1.0] if step_weights is None else step_weights, _loss(model, loss, q)
+        values.append(sum(a * of_query(w_k) for a, w_k in zip(each, w[-len(each) :], strict=True)))
     value = torch.stack(values)
     return {"mean": value.mean, "sum": value.sum, "none": value.clone}[reduction]()
 

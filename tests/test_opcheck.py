@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastmaml
-from fastmaml import functional, losses
+from fastmaml import SGD, functional, losses
 from fastmaml.backends import cpu, problem_for
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
@@ -21,13 +21,14 @@ def _arguments(own: bool):
     s, q = ((torch.randn(T, n, 6), torch.randn(T, n, 2), None) for n in (N, Q))
     v, lr = torch.randn(T, problem.layout(4)[1]), torch.full((K, 1), 0.1)
     factored = [] if own else [0, 4]  # the weights of the linear layers
+    rule = [0.9, 0.1, 1.0] if own else []
     return {
         "apply": (params, s[0], program),
         "apply_backward": (params, s[0], torch.randn(T, N, 2), program, True, True),
         "value_and_grad": (params, *s, program),
         "value_and_grad_backward": (params, *s, torch.randn(T), v, program, False, True, True),
-        "inner_loop": (params, lr, *s, program, K),
-        "inner_loop_backward": (params, lr, *s, v, program, K, False, 0, True, True, True),
+        "inner_loop": (params, lr, *s, program, K, rule),
+        "inner_loop_backward": (params, lr, *s, v, program, K, False, rule, 0, True, True, True),
         "meta_loss": (
             params,
             lr,
@@ -37,6 +38,8 @@ def _arguments(own: bool):
             factored,
             K,
             False,
+            rule,
+            [0.5] * (K - 1) + [1.0] if rule else [],
             1,
             False,
             0.5,
@@ -77,6 +80,9 @@ CALLS = {
     ),
     "inner_loop": lambda model, p, s, q: sum(
         (w * w).sum() for w in functional.inner_loop(model, p, *s, loss="mse", lr=0.1, steps=K).values()
+    ),
+    "meta_loss with SGD": lambda model, p, s, q: functional.meta_loss(
+        model, p, s, q, loss="mse", lr=0.1, steps=K, optimizer=SGD(0.9, 0.1, 1.0), step_weights=[1.0] * K
     ),
     "MAML": lambda model, p, s, q: fastmaml.MAML(model, loss="mse", lr=0.1, steps=K)(*s, *q),
 }

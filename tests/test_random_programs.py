@@ -1,6 +1,5 @@
 """Every function and every derivative of each backend against `fastmaml.reference`, on random programs."""
 
-import pytest
 import torch
 from cases import Case, cases, error, gradients
 from hypothesis import HealthCheck, Phase, given, settings

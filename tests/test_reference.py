@@ -7,6 +7,7 @@ from torch import nn
 
 import fastmaml.reference as reference
 from fastmaml.losses import MSE, CrossEntropy, resolve
+from fastmaml.optimizers import SGD
 
 
 class Tied(nn.Module):
@@ -57,15 +58,16 @@ def assert_derivative(function, params, *more):
     torch.testing.assert_close(along, expected, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize("more", [{}, {"optimizer": SGD(0.9, 0.1, 0.2), "step_weights": [0.5, 2.0]}])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
-def test_meta_loss_has_the_derivative_of_finite_differences(model, loss):
+def test_meta_loss_has_the_derivative_of_finite_differences(model, loss, more):
     params = dict(model.named_parameters())
     (x_s, y_s), (x_q, y_q) = batch(loss), batch(loss, N=3)
     lr = torch.tensor(0.1, dtype=torch.float64)
 
     def meta_loss(params, lr, x_s, x_q):
         return reference.meta_loss(
-            model, params, (x_s, y_s), (x_q, y_q), loss=loss, lr=lr, steps=2, reduction="none"
+            model, params, (x_s, y_s), (x_q, y_q), loss=loss, lr=lr, steps=2, reduction="none", **more
         )
 
     assert_derivative(meta_loss, params, lr, x_s, x_q)

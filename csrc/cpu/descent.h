@@ -95,7 +95,7 @@ struct Descent {
   void subtract_products(const T* v, const T* m, T* at) const {
     for (int64_t i = 0; i < c.n_params(); ++i) {
       const Slot& slot = plan.slots[i];
-      if (slot.uses == 0 || !adapts(i)) continue;
+      if (!adapts(i) || (q.plain && slot.uses == 0)) continue;  // what nothing uses may still decay
       double total = 0;
       for (int64_t r = 0; r < slot.rows; ++r) {
         for (int64_t j = slot.offset + r * slot.ld, end = j + slot.cols; j < end; ++j) {

@@ -1,11 +1,14 @@
 """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, arXiv 1703.03400)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import forms, functional, losses
+from ..arguments import loss_weights, update_rule
+from ..optimizers import SGD
 
 
 class Evaluation(NamedTuple):
@@ -18,12 +21,14 @@ class Evaluation(NamedTuple):
 class MAML(nn.Module):
     """A model whose parameters are learned so that `steps` SGD steps adapt it to a task.
 
-    loss, lr, steps, first_order, backend, chunk_tasks, checkpoint_every, fast_weights: as in
-    `fastmaml.functional`. lr may hold nn.Parameters that an optimiser learns too; register them yourself.
+    loss, lr, steps, first_order, optimizer, step_weights, backend, chunk_tasks, checkpoint_every and
+    fast_weights are those of `fastmaml.functional`. lr may hold nn.Parameters that an optimiser learns too;
+    register them yourself.
     """
 
     def __init__(
         self, model: nn.Module, *, loss: str | losses.Loss, lr, steps: int, first_order: bool = False,
+        optimizer: SGD | None = None, step_weights: Sequence[float] | None = None,
         backend: str | None = None, chunk_tasks: int | None = None, checkpoint_every: int | None = None,
         fast_weights=None,
     ) -> None:  # fmt: skip
@@ -31,13 +36,18 @@ class MAML(nn.Module):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be a whole number, 0 or more, got {steps!r}")
         losses.resolve(loss)
+        update_rule(optimizer)
+        loss_weights(step_weights, steps)
+        self.optimizer, self.step_weights = optimizer, step_weights
         self.model, self.loss, self.lr, self.steps, self.first_order = model, loss, lr, steps, first_order
         self.backend, self.chunk_tasks, self.checkpoint_every = backend, chunk_tasks, checkpoint_every
         forms.check(fast_weights)
         self.fast_weights = fast_weights
 
     def extra_repr(self) -> str:
-        return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}"
+        more = {"optimizer": self.optimizer, "step_weights": self.step_weights}
+        told = "".join(f", {name}={value}" for name, value in more.items() if value is not None)
+        return f"loss={self.loss!r}, steps={self.steps}, first_order={self.first_order}{told}"
 
     def forward(self, x_support: Tensor, y_support, x_query: Tensor, y_query) -> Tensor:
         """The meta-loss, mean over tasks, to call `.backward()` on. x [T, N, ..]; y or (y, weight)."""
@@ -45,7 +55,7 @@ class MAML(nn.Module):
         return functional.meta_loss(
             self.model, params, (x_support, y_support), (x_query, y_query),
             lr=self._lr(0, self.steps), steps=self.steps, fast_weights=self.fast_weights,
-            **self._common(), **self._memory(),
+            step_weights=self.step_weights, **self._common(), **self._memory(),
         )  # fmt: skip
 
     def adapt(self, x: Tensor, y, steps: int | None = None) -> dict[str, Tensor]:
@@ -64,7 +74,9 @@ class MAML(nn.Module):
         Where fast_weights asks for factors, no weight of a task is formed.
         """
         steps = self.steps if steps is None else steps
-        weights: dict = dict(self.model.named_parameters())
+        params: dict = dict(self.model.named_parameters())
+        weights, begun = params, 0  # the weights after `begun` steps
+        goes_on = self.optimizer is None or self.optimizer.momentum == 0  # momentum is not among the weights
         loss, run = losses.resolve(self.loss), {"backend": self.backend, "chunk_tasks": self.chunk_tasks}
         target = y_query if isinstance(y_query, (tuple, list)) else (y_query,)
         found: list[Tensor] = []
@@ -72,9 +84,11 @@ class MAML(nn.Module):
         for k in range(steps + 1):
             if k:
                 weights = functional.inner_loop(
-                    self.model, weights, x_support, y_support, loss=self.loss, lr=self._lr(k - 1, k), steps=1,
+                    self.model, weights if goes_on else params, x_support, y_support, loss=self.loss,
+                    lr=self._lr(begun, k), steps=k - begun, optimizer=self.optimizer,
                     fast_weights=self.fast_weights, **run,
                 )  # fmt: skip
+                begun = k if goes_on else 0
             output = functional.apply(self.model, weights, x_query, **run)
             found.append(torch.stack([loss(*task) for task in zip(output, *target, strict=True)]))
             if isinstance(loss, losses.CrossEntropy):
@@ -87,7 +101,8 @@ class MAML(nn.Module):
         return [self.lr[min(k, len(self.lr) - 1)] for k in range(start, end)]
 
     def _common(self) -> dict:
-        return {"loss": self.loss, "first_order": self.first_order, "backend": self.backend}
+        common = {"loss": self.loss, "first_order": self.first_order, "optimizer": self.optimizer}
+        return common | {"backend": self.backend}
 
     def _memory(self) -> dict:
         return {"chunk_tasks": self.chunk_tasks, "checkpoint_every": self.checkpoint_every}

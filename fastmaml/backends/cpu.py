@@ -169,7 +169,9 @@ def inner_loop(problem, params, lr, x, y, *, steps, rule=()):
     return _op.inner_loop(params, lr, x, *y, _encoded(problem, x), steps, rule)[0]
 
 
-def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, rule=(), checkpoint_every, needs):
+def inner_loop_backward(
+    problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs, rule=()
+):
     want = "params" in needs, "lr" in needs and steps > 0, "x" in needs
     encoded, every = _encoded(problem, x), checkpoint_every or 0
     out = _op.inner_loop_backward(params, lr, x, *y, v, encoded, steps, first_order, rule, every, *want)
@@ -265,7 +267,8 @@ def _register_fakes() -> None:
 
     @fake("fastmaml::meta_loss")
     def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, factored, steps, first_order,
-          rule, step_weights, checkpoint_every, per_task, scale, grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
+          rule, step_weights, checkpoint_every, per_task, scale,
+          grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
         rows, P = _rows_and_P(params, program, x_s.shape[0], per_task)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
         grads = _wanted(x_s, (grad_params, (rows, P)), lr_grad, (grad_x_s, x_s.shape), (grad_x_q, x_q.shape))

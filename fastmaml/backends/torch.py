@@ -198,11 +198,14 @@ def _start(problem, params, T: int, rule) -> State:
 
 
 def _clip(problem, g: Weights, most: float) -> tuple[Tensor, Tensor]:
-    """c = min(1, most / (|g| + 1e-6)) and dc / d(|g|^2 / 2), [T]"""
-    norm = torch.stack([a.flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok])
-    norm = norm.sum(0).sqrt()
+    each = [a.flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok]
+    return clipping(torch.stack(each).sum(0).sqrt(), most)
+
+
+def clipping(norm: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """c = min(1, most / (|g| + 1e-6)) and dc / d(|g|^2 / 2), [T] each; nothing is clipped at |g| = 0"""
     c = most / (norm + 1e-6)
-    return c.clamp(max=1.0), torch.where(c < 1, -c / ((norm + 1e-6) * norm), 0.0)  # no clipping at |g| = 0
+    return c.clamp(max=1.0), torch.where(c < 1, -c / ((norm + 1e-6) * norm), 0.0)
 
 
 def _each(a: Tensor, like: Tensor) -> Tensor:
@@ -284,7 +287,7 @@ def _adjoint(
             step = [-s * a for s, a in zip(_step_sizes(problem, lr[k]), v, strict=True)]
             n = [a + momentum * b for a, b in zip(step, n, strict=True)] if n and momentum else step
             clips = most < math.inf and not first_order
-            g = _map(grad(_loss(problem)), w, x, *y) if "lr" in needs or clips else None
+            g = _map(grad(_loss(problem)), w, x, *y) if "lr" in needs or clips else []
             if "lr" in needs:
                 each = [
                     -(a * b) if ok else torch.zeros_like(a)
@@ -307,7 +310,9 @@ def _adjoint(
     return v, torch.stack(g_lr[::-1], 1) if g_lr else None, g_x
 
 
-def inner_loop_backward(problem, params, lr, x, y, v, *, steps, first_order, rule=(), checkpoint_every, needs):
+def inner_loop_backward(
+    problem, params, lr, x, y, v, *, steps, first_order, checkpoint_every, needs, rule=()
+):
     every = checkpoint_every or max(steps, 1)
     stored, _ = _trajectory(problem, params, lr, x, y, steps, rule, every)
     v, g_lr, g_x = _adjoint(
@@ -326,8 +331,8 @@ def meta_loss(
         try:
             return torch_factored.meta_loss(
                 sys.modules[__name__], problem, params, lr, support, query,
-                steps=steps, first_order=first_order, per_task=per_task, scale=scale, needs=needs,
-                factored=factored,
+                steps=steps, first_order=first_order, rule=rule, step_weights=step_weights,
+                per_task=per_task, scale=scale, needs=needs, factored=factored,
             )  # fmt: skip
         except NotImplementedError:  # as in _curvature: without a jvp weights are dense
             problem.memo["reverse"] = True

@@ -2,16 +2,25 @@
 
 Every F.linear whose weight stays factored is caught on its way into torch and computed as
 
-    y = x theta^T + b - (x X^T) D + (x B^T) A + probe
+    y = omega x theta^T + b - (x X^T) D + (x B^T) A + probe
 
-X [R, I] and D [R, O] hold the rows x_j and a_j d_j of the steps before. The gradient by `probe`, which is
+X [R, I] and D [R, O] hold the rows x_j and alpha_j d_j of the steps before. The gradient by `probe`, which is
 zero, is d. A is zero with a tangent, so that B and A are the direction u of the dual sweep. theta is the one
 that all tasks share: vmap makes its products those of the rows of all tasks.
+
+Momentum, weight decay and clipping (torch.py has the recursion) make sums of the same outer products, which
+only change their coefficients:
+
+    W = omega theta - sum_j alpha_j d_j^T x_j      M = rho theta + sum_j beta_j d_j^T x_j
+    v = sum_r gamma_r a_r^T b_r                    n = sum_r delta_r a_r^T b_r
+
+Norms and inner products are those of Grams: <a^T b, d^T x> = <a d^T, b x^T>.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +35,42 @@ from ..forms import FactoredWeight, LinearLayer
 Rows = tuple[Tensor, Tensor]  # d [T, R, O], x [T, R, I]: a sum of outer products d^T x
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Two sums of the same outer products d^T x: W's and M's, or those of the adjoints v and n."""
+
+    d: Tensor  # [T, R, O]
+    x: Tensor  # [T, R, I]
+    first: Tensor  # [T, R]
+    second: Tensor  # [T, R]
+
+    def grown(self, d: Tensor, x: Tensor, first: Tensor | float, second: Tensor | float) -> "_Sums":
+        """With more rows; first, second: their coefficients, one number or [T, 1]"""
+        rows = d.shape[:2]
+        each = [
+            torch.cat([old, torch.as_tensor(new).to(old).expand(rows)], 1)
+            for old, new in ((self.first, first), (self.second, second))
+        ]
+        return _Sums(torch.cat([self.d, d], 1), torch.cat([self.x, x], 1), *each)
+
+    def products(self, d: Tensor, x: Tensor) -> Tensor:
+        """<each of the outer products, sum of the d^T x>: [T, R]"""
+        return ((self.d @ d.mT) * (self.x @ x.mT)).sum(2)
+
+
 @dataclass
 class _Layer:
     weight: int  # its place in problem.names
     theta: Tensor
-    forward: Rows  # what W_k has less than theta
-    v: list[Rows] = field(default_factory=list)  # the adjoint
+    forward: _Sums  # of alpha and beta
+    omega: Any = 1.0
+    rho: Any = 0.0
+    v: Any = None  # _Sums of gamma and delta
+
+    @property
+    def rows(self) -> Rows:
+        """What W_k has less than omega theta."""
+        return self.forward.first[..., None] * self.forward.d, self.forward.x
 
 
 class _Linear(TorchFunctionMode):
@@ -60,7 +99,10 @@ class _Linear(TorchFunctionMode):
         part = self.parts[key]
         if part is None:
             return y
-        d_j, x_j, a, b, probe = part
+        d_j, x_j, a, b, probe, omega = part
+        if omega is not None:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            y = omega * (y if bias is None else F.linear(x, weight)) + (0.0 if bias is None else bias)
         more = -(rows @ x_j.mT) @ d_j
         if probe is not None:
             more = more + probe
@@ -109,14 +151,16 @@ def linear_layers(
 class FactoredLoop:
     """The inner loop of all tasks, and its adjoint, with some weights factored; backend: torch.py"""
 
-    def __init__(self, backend, problem, params, factored, x: Tensor) -> None:
-        self.backend, self.problem = backend, problem
+    def __init__(self, backend, problem, params, factored, x: Tensor, rule=()) -> None:
+        self.backend, self.problem, self.rule = backend, problem, rule
         self.layers = [_layer(i, params[i], len(x)) for i in factored]
         self.w = {i: w.detach().contiguous() for i, w in _dense(problem, params, factored, len(x)).items()}
+        self.m = {i: torch.zeros_like(w) for i, w in self.w.items()} if rule else {}
         self.dense = list(self.w)
         self.v: dict[int, Tensor] = {}
+        self.n: dict[int, Tensor] = {}
         self.rows: dict[int, list[int]] = {}  # by the examples of a task, see _output_rows
-        self.trajectory: list[Any] = []  # W_0, .., W_{K-1}
+        self.trajectory: list[Any] = []  # of step 0, 1, ..: what the step began with
 
     def _output_rows(self, x: Tensor) -> list[int]:
         """Rows of a task that each layer has for x, found once by a forward of one task."""
@@ -139,9 +183,11 @@ class FactoredLoop:
         ]
         dense = list(self.w.values())
         target, weight = y
+        omegas = [None if isinstance(layer.omega, float) else layer.omega for layer in self.layers]
 
         def of_task(w, probe, x, d_j, x_j, a, b, target, weight):
-            parts = list(zip(d_j, x_j, a or [None] * len(d_j), b or [None] * len(d_j), probe, strict=True))
+            none = [None] * len(d_j)
+            parts = list(zip(d_j, x_j, a or none, b or none, probe, omegas, strict=True))
             with _Linear(self.layers, parts) as caught:
                 all_weights = self._weights(dict(zip(self.dense, w, strict=True)))
                 loss = scale * self.backend._loss(self.problem)(all_weights, x, target, weight)
@@ -157,7 +203,7 @@ class FactoredLoop:
             (g, d, *g_x), (loss, inputs) = gradient(w, probe, x, d_j, x_j, a, b, target, weight)
             return loss, g, d, g_x, inputs
 
-        d_j, x_j = ([layer.forward[i] for layer in self.layers] for i in (0, 1))
+        d_j, x_j = ([layer.rows[i] for layer in self.layers] for i in (0, 1))
         rest = (probes, x, d_j, x_j)
         if directions is None:
             return self.backend._map(
@@ -172,85 +218,174 @@ class FactoredLoop:
         zeros = [torch.zeros_like(a) for a in t_a]
         return self.backend._map(dual, dense, t_w, zeros, t_a, *rest, b, target, weight)
 
-    def step(self, sizes: list, x: Tensor, y) -> None:
-        """W_{k+1} = W_k - a_k g_k; sizes: of each parameter, 0.0 for what is frozen"""
-        self.trajectory.append((dict(self.w), [layer.forward for layer in self.layers]))
-        _, g, d, _, inputs = self.gradient(x, y)
-        for (i, w), g_i in zip(self.w.items(), g, strict=True):
-            self.w[i] = w - sizes[i] * g_i if self.problem.adapt[i] else w
-        for layer, d_k, x_k in zip(self.layers, d, inputs, strict=True):
-            if self.problem.adapt[layer.weight]:
-                old_d, old_x = layer.forward
-                layer.forward = torch.cat([old_d, sizes[layer.weight] * d_k], 1), torch.cat([old_x, x_k], 1)
+    def clip(self, g: dict[int, Tensor], d: list[Tensor], x: list[Tensor]) -> tuple[Any, Any]:
+        """c, and dc / d(|g|^2 / 2), [T] each, of the gradient g with d^T x of the layers; numbers if there is
+        none"""
+        if not self.rule or self.rule[2] == math.inf:
+            return 1.0, 0.0
+        adapt = self.problem.adapt
+        squares = [a.flatten(1).square().sum(1) for i, a in g.items() if adapt[i]]
+        squares += [
+            ((d_k @ d_k.mT) * (x_k @ x_k.mT)).sum((1, 2))
+            for layer, d_k, x_k in zip(self.layers, d, x, strict=True)
+            if adapt[layer.weight]
+        ]
+        # rounding can make a Gram's sum slightly less than 0
+        return self.backend.clipping(torch.stack(squares).sum(0).clamp(min=0).sqrt(), self.rule[2])
 
-    def start_adjoint(self, x: Tensor, y, scale: float, *, with_x: bool) -> tuple[Tensor, Tensor | None]:
-        """v_K on the query set; its loss [T] and gradient by x."""
+    def step(self, sizes: list, x: Tensor, y) -> None:
+        """W_{k+1} = W_k - a_k M_{k+1}; sizes: of each parameter, 0.0 for what is frozen"""
+        momentum, decay, _ = self.rule or (0.0, 0.0, math.inf)
+        state = [(layer.forward, layer.omega, layer.rho) for layer in self.layers]
+        self.trajectory.append((dict(self.w), dict(self.m), state))
+        _, g, d, _, inputs = self.gradient(x, y)
+        g = dict(zip(self.dense, g, strict=True))
+        c, _ = self.clip(g, d, inputs)
+        for i, w in self.w.items():
+            if self.problem.adapt[i]:
+                m = _times(c, g[i])
+                if self.rule:
+                    m = self.m[i] = momentum * self.m[i] + m + decay * w
+                self.w[i] = w - sizes[i] * m
+        for layer, d_k, x_k in zip(self.layers, d, inputs, strict=True):
+            if not self.problem.adapt[layer.weight]:
+                continue
+            a, old = sizes[layer.weight], layer.forward
+            if self.rule:
+                beta = momentum * old.second - decay * old.first
+                layer.rho = momentum * layer.rho + decay * layer.omega
+                layer.omega = layer.omega - a * layer.rho if decay else layer.omega
+                old = _Sums(old.d, old.x, old.first + a * beta, beta)
+            c_k = c if isinstance(c, float) else c[:, None]
+            layer.forward = old.grown(d_k, x_k, a * c_k, c_k)
+
+    def add_query(self, x: Tensor, y, scale: float, *, with_x: bool) -> tuple[Tensor, Tensor | None]:
+        """Adds the gradient on the query set to v; its loss [T] and gradient by x."""
         loss, g, d, g_x, inputs = self.gradient(x, y, scale, with_x=with_x)
-        self.v = dict(zip(self.dense, g, strict=True))
+        self.v = {i: self.v[i] + a if self.v else a for i, a in zip(self.dense, g, strict=True)}
         for layer, d_q, x_q in zip(self.layers, d, inputs, strict=True):
-            layer.v = [(d_q, x_q)]
+            layer.v = (layer.v or _no_rows(d_q, x_q)).grown(d_q, x_q, 1.0, 0.0)
         return loss, g_x[0] if g_x else None
 
-    def lr_gradient(self, g: dict[int, Tensor], d: list[Tensor], inputs: list[Tensor]) -> Tensor:
-        """-<v_{k+1}, g_k> of each parameter, [T, parameters]; <a^T b, d^T x> = <a d^T, b x^T>"""
-        found = {i: (self.v[i] * g_i).flatten(1).sum(1) for i, g_i in g.items()}
-        for layer, d_k, x_k in zip(self.layers, d, inputs, strict=True):
-            a, b = _joined(layer.v)
-            found[layer.weight] = ((a @ d_k.mT) * (b @ x_k.mT)).sum((1, 2))
+    def lr_gradient(self, v: tuple[dict[int, Tensor], list[_Sums]], g, d, inputs) -> Tensor:
+        """-<v_{k+1}, M_{k+1}> of each parameter, [T, parameters]"""
+        momentum, decay, _ = self.rule or (0.0, 0.0, math.inf)
+        c, _ = self.clip(g, d, inputs)
+        found = {}
+        for i, g_i in g.items():
+            m = _times(c, g_i)
+            m = momentum * self.m[i] + m + decay * self.w[i] if self.rule else m
+            found[i] = (v[0][i] * m).flatten(1).sum(1)
+        for layer, v_k, d_k, x_k in zip(self.layers, v[1], d, inputs, strict=True):
+            along = c * (v_k.first * v_k.products(d_k, x_k)).sum(1)
+            if self.rule:
+                old = layer.forward
+                beta = momentum * old.second - decay * old.first
+                along = along + (v_k.first * v_k.products(beta[..., None] * old.d, old.x)).sum(1)
+                if decay:  # M has a part of theta
+                    rho = momentum * layer.rho + decay * layer.omega
+                    of_theta = (v_k.d * (v_k.x @ layer.theta.mT)).sum(2)
+                    along = along + rho * (v_k.first * of_theta).sum(1)
+            found[layer.weight] = along
         adapt = self.problem.adapt
         return torch.stack(
             [-found[i] if adapt[i] else torch.zeros_like(found[i]) for i in range(len(adapt))], 1
         )
 
     def step_back(self, sizes: list, x: Tensor, y, *, first_order: bool, with_lr: bool, with_x: bool):
-        """v_k = v_{k+1} - H_k (a_k v_{k+1}).
+        """v_k from v_{k+1}, see torch.py.
 
-        Returns dL/da_k [T, parameters], or None, and what is to be taken from dL/dx, or None.
+        Returns dL/da_k [T, parameters], or None, and what is to be added to dL/dx, or None.
         """
-        self.w, forward = self.trajectory.pop()
-        for layer, rows in zip(self.layers, forward, strict=True):
-            layer.forward = rows
-        if first_order:
-            if not with_lr:
-                return None, None
+        most = self.rule[2] if self.rule else math.inf
+        self.w, self.m, state = self.trajectory.pop()
+        for layer, (rows, omega, rho) in zip(self.layers, state, strict=True):
+            layer.forward, layer.omega, layer.rho = rows, omega, rho
+        v = dict(self.v), [layer.v for layer in self.layers]
+        self.descend_back(sizes)
+        clips = most < math.inf and not first_order
+        g, d, inputs = {}, [], []
+        if clips or (first_order and with_lr):
             _, g, d, _, inputs = self.gradient(x, y)
-            return self.lr_gradient(dict(zip(self.dense, g, strict=True)), d, inputs), None
-        u = [sizes[i] * self.v[i] for i in self.dense]
-        rows = []
-        for layer in self.layers:
-            a, b = _joined(layer.v)
-            rows.append((sizes[layer.weight] * a, b))
-        primal, tangent = self.gradient(x, y, directions=(u, rows), with_x=with_x)
+            g = dict(zip(self.dense, g, strict=True))
+        if first_order:
+            return self.lr_gradient(v, g, d, inputs) if with_lr else None, None
+        u = self.through_clip(g, d, inputs) if clips else self.minus_n()
+        primal, tangent = self.gradient(x, y, directions=u, with_x=with_x)
         (_, g, d, _, inputs), (_, t_g, t_d, t_x, t_inputs) = primal, tangent
-        grad_lr = self.lr_gradient(dict(zip(self.dense, g, strict=True)), d, inputs) if with_lr else None
-        self.v = {i: v - t for (i, v), t in zip(self.v.items(), t_g, strict=True)}
+        grad_lr = self.lr_gradient(v, dict(zip(self.dense, g, strict=True)), d, inputs) if with_lr else None
+        self.v = {i: a - t for (i, a), t in zip(self.v.items(), t_g, strict=True)}
         for layer, d_k, x_k, t_d_k, t_x_k in zip(self.layers, d, inputs, t_d, t_inputs, strict=True):
-            layer.v += [(-t_d_k, x_k), (-d_k, t_x_k)]
-        return grad_lr, t_x[0] if t_x else None
+            layer.v = layer.v.grown(-t_d_k, x_k, 1.0, 0.0).grown(-d_k, t_x_k, 1.0, 0.0)
+        return grad_lr, -t_x[0] if t_x else None
+
+    def descend_back(self, sizes: list) -> None:
+        """n <- momentum n - a_k v, then v <- v + weight_decay n"""
+        momentum, decay, _ = self.rule or (0.0, 0.0, math.inf)
+        for i, v in self.v.items():
+            n = -sizes[i] * v
+            self.n[i] = n + momentum * self.n[i] if momentum and i in self.n else n
+            self.v[i] = v + decay * self.n[i] if decay else v
+        for layer in self.layers:
+            old = layer.v
+            delta = momentum * old.second - sizes[layer.weight] * old.first
+            layer.v = _Sums(old.d, old.x, old.first + decay * delta, delta)
+
+    def minus_n(self) -> tuple[list[Tensor], list[Rows]]:
+        sums = [layer.v for layer in self.layers]
+        return [-n for n in self.n.values()], [(-a.second[..., None] * a.d, a.x) for a in sums]
+
+    def through_clip(self, g: dict[int, Tensor], d: list[Tensor], x: list[Tensor]):
+        """-(c n + c' <g, n> g)"""
+        (c, slope), adapt = self.clip(g, d, x), self.problem.adapt
+        sums = [layer.v for layer in self.layers]
+        along = sum((g[i] * n).flatten(1).sum(1) for i, n in self.n.items() if adapt[i])
+        for a, d_k, x_k in zip(sums, d, x, strict=True):
+            along = along + (a.second * a.products(d_k, x_k)).sum(1)  # 0 for what is frozen
+        more = -slope * along
+        dense, rows = self.minus_n()
+        dense = [
+            _times(c, u) + (_times(more, g[i]) if adapt[i] else 0.0)
+            for i, u in zip(self.dense, dense, strict=True)
+        ]
+        for j, (layer, d_k, x_k) in enumerate(zip(self.layers, d, x, strict=True)):
+            a, b = _times(c, rows[j][0]), rows[j][1]
+            if adapt[layer.weight]:
+                a, b = torch.cat([a, _times(more, d_k)], 1), torch.cat([b, x_k], 1)
+            rows[j] = a, b
+        return dense, rows
 
     def gradients(self, per_task: bool) -> Tensor:
         """v_0: [T or 1, P]"""
-        T, (offsets, size) = (
-            len(self.layers[0].v[0][0]),
-            self.problem.layout(self.layers[0].theta.element_size()),
-        )
+        T = len(self.layers[0].v.d)
+        offsets, size = self.problem.layout(self.layers[0].theta.element_size())
         flat = self.layers[0].theta.new_zeros(T if per_task else 1, size)
         for i, v in self.v.items():
             part = v.reshape(T, -1) if per_task else v.sum(0, keepdim=True).reshape(1, -1)
             flat[:, offsets[i] : offsets[i] + part.shape[1]] = part
         for layer in self.layers:
-            a, b = _joined(layer.v)
+            a, b = layer.v.first[..., None] * layer.v.d, layer.v.x
             g = a.mT @ b if per_task else a.flatten(0, 1).T @ b.flatten(0, 1)
             at = offsets[layer.weight]
             flat[:, at : at + layer.theta.numel()] = g.reshape(len(flat), -1)
         return flat
 
 
+def _times(c: Any, g: Tensor) -> Tensor:
+    """A number, or one for each task [T], times [T, *shape]"""
+    return c * g if isinstance(c, float) else c.view(-1, *[1] * (g.dim() - 1)) * g
+
+
+def _no_rows(d: Tensor, x: Tensor) -> _Sums:
+    return _Sums(d[:, :0], x[:, :0], d.new_zeros(len(d), 0), d.new_zeros(len(d), 0))
+
+
 def _layer(i: int, weight: Tensor | FactoredWeight, T: int) -> _Layer:
     if isinstance(weight, FactoredWeight):
-        return _Layer(i, weight.theta, (weight.d, weight.x))
+        ones = weight.d.new_ones(weight.d.shape[:2])
+        return _Layer(i, weight.theta, _Sums(weight.d, weight.x, ones, torch.zeros_like(ones)))
     O, I = weight.shape
-    return _Layer(i, weight.detach(), (weight.new_zeros(T, 0, O), weight.new_zeros(T, 0, I)))
+    return _Layer(i, weight.detach(), _no_rows(weight.new_empty(T, 0, O), weight.new_empty(T, 0, I)))
 
 
 def _dense(problem, params, factored, T: int) -> dict[int, Tensor]:
@@ -269,55 +404,64 @@ def apply(backend, problem, params: list[Tensor | FactoredWeight], x: Tensor) ->
     dense = _dense(problem, params, factored, len(x))
 
     def of_task(w, x, rows):
-        with _Linear(layers, [(d, x_j, None, None, None) for d, x_j in rows]):
+        with _Linear(layers, [(d, x_j, None, None, None, None) for d, x_j in rows]):
             thetas = {layer.weight: layer.theta for layer in layers}
             weights = dict(zip(dense, w, strict=True)) | thetas
             return backend._output(problem, [weights[i] for i in range(len(params))], x)
 
-    return backend._map(of_task, list(dense.values()), x, [layer.forward for layer in layers])
+    return backend._map(of_task, list(dense.values()), x, [layer.rows for layer in layers])
 
 
-def inner_loop(backend, problem, params, lr, x, y, *, steps, factored) -> list[Tensor | FactoredWeight]:
+def inner_loop(backend, problem, params, lr, x, y, *, steps, rule, factored) -> list[Tensor | FactoredWeight]:
     """Fast weights, those of `factored` as factors."""
-    loop = FactoredLoop(backend, problem, params, factored, x)
+    loop = FactoredLoop(backend, problem, params, factored, x, rule)
     for k in range(steps):
         loop.step(backend._step_sizes(problem, lr[k]), x, y)
         loop.trajectory.clear()
     found: dict[int, Tensor | FactoredWeight] = dict(loop.w)
     for layer in loop.layers:
-        found[layer.weight] = FactoredWeight(layer.theta, *layer.forward)
+        theta = layer.theta if isinstance(layer.omega, float) else layer.omega * layer.theta
+        found[layer.weight] = FactoredWeight(theta, *layer.rows)
     return [found[i] for i in range(len(params))]
 
 
-def _joined(v: list[Rows]) -> Rows:
-    """Sums of outer products as one."""
-    if len(v) > 1:
-        v[:] = [(torch.cat([a for a, _ in v], 1), torch.cat([b for _, b in v], 1))]
-    return v[0]
-
-
 def meta_loss(
-    backend, problem, params, lr, support, query, *, steps, first_order, per_task, scale, needs, factored
-):
+    backend, problem, params, lr, support, query,
+    *, steps, first_order, rule, step_weights, per_task, scale, needs, factored,
+):  # fmt: skip
     """As `backend.meta_loss`."""
-    x, y = support
-    loop = FactoredLoop(backend, problem, params, factored, x)
+    (x, y), (x_q, y_q) = support, query
+    loop = FactoredLoop(backend, problem, params, factored, x, rule)
     sizes = [backend._step_sizes(problem, lr[k]) for k in range(steps)]
+    weights = step_weights or (*[0.0] * (steps - 1), 1.0)
+    back = needs & {"params", "lr", "x_s"}
+    loss, g_xq = x.new_zeros(len(x)), None
+
+    def add_query(k: int) -> None:
+        nonlocal loss, g_xq
+        weight = weights[max(k - 1, 0)]
+        if weight or k == steps:
+            more, g = loop.add_query(x_q, y_q, scale * weight, with_x="x_q" in needs)
+            loss, g_xq = loss + more, g if g_xq is None or g is None else g_xq + g
+
     for k in range(steps):
         loop.step(sizes[k], x, y)
-    x_q, y_q = query
-    loss, g_xq = loop.start_adjoint(x_q, y_q, scale, with_x="x_q" in needs)
-    loss = loss if per_task else loss.sum()
-    if not needs & {"params", "lr", "x_s"}:
-        return loss, None, None, None, g_xq
+        if step_weights and not back and k + 1 < steps:
+            add_query(k + 1)
+    add_query(steps)
+    if not back:
+        return loss if per_task else loss.sum(), None, None, None, g_xq
     S = lr.shape[1] if steps else 1
     g_lr, g_x = [], torch.zeros_like(x) if "x_s" in needs else None
     for k in reversed(range(steps)):
         how = {"first_order": first_order, "with_lr": "lr" in needs, "with_x": "x_s" in needs}
         row, t_x = loop.step_back(sizes[k], x, y, **how)
-        g_x = g_x - t_x if t_x is not None else g_x
+        g_x = g_x + t_x if t_x is not None else g_x
         if row is not None:
             row = row.sum(1, keepdim=True) if S == 1 else row
             g_lr.append(row if per_task else row.sum(0, keepdim=True))
+        if step_weights and k > 0:
+            add_query(k)
+    loss = loss if per_task else loss.sum()
     per_task |= any(p.dim() > len(s) for p, s in zip(params, problem.shapes, strict=True))
     return loss, loop.gradients(per_task), torch.stack(g_lr[::-1], 1) if g_lr else None, g_x, g_xq

@@ -58,6 +58,12 @@ double dot(const Vector& a, const Vector& b) {
 
 enum Wanted { grads = 1, grad_lr = 2, grad_x_s = 4, grad_x_q = 8, all = 15 };
 
+// The inner loop's optimizer; plain descent if not `on`.
+struct Sgd {
+  bool on = false;
+  double momentum = 0, weight_decay = 0, max_norm = std::numeric_limits<double>::infinity();
+};
+
 struct Examples {
   int64_t n;
   Vector x, y, weight;  // y: numbers or classes
@@ -75,6 +81,8 @@ struct Call {
   int threads = 1, wanted = 0;
   Tail tail = Tail::loss;
   std::vector<char> factored, shared;  // by op; by parameter: is it never a task's own?
+  Sgd sgd;
+  Vector step_weights;
 
   bool is_own(std::size_t i) const { return own && (all_own || (i % 2 == 0 && !shared[i])); }
   int64_t size(int64_t buffer) const { return program.buffers[buffer].R * program.buffers[buffer].C; }
@@ -123,6 +131,9 @@ Results run(const Call& c) {
   q.program = &c.program, q.is_double = sizeof(S) == 8, q.tail = c.tail, q.T = c.T, q.K = c.K, q.S = c.S;
   q.checkpoint_every = c.checkpoint_every, q.first_order = c.first_order, q.per_task = c.per_task;
   q.factored = c.factored;
+  q.plain = !c.sgd.on, q.momentum = c.sgd.momentum, q.weight_decay = c.sgd.weight_decay;
+  q.max_norm = c.sgd.max_norm;
+  if (c.tail == Tail::loss && c.K > 0) q.step_weights = c.step_weights;
   q.threads = c.threads, q.lr = input(c.lr), q.support = set(c.support), q.query = set(c.query);
   for (std::size_t i = 0; i < c.params.size(); ++i)
     q.params.push_back(input(c.params[i])), q.own.push_back(c.is_own(i));
@@ -213,12 +224,13 @@ void check_same(const std::string& what, const Results& got, const Results& want
       check(what + ": gradient by " + g.name, got.*g.grad, wanted.*g.grad, tolerance);
 }
 
-// W_K of a task by naive.h: gradients are finite differences.
-Vector adapted(const Call& c, int64_t t) {
+// [W_0, .., W_K] of a task by naive.h: gradients are finite differences.
+std::vector<Vector> adapted(const Call& c, int64_t t) {
   const double h = 1e-5;
-  Vector w = c.flat(t);
+  std::vector<Vector> trajectory = {c.flat(t)};
+  Vector m(c.program.P);
   for (int64_t k = 0; k < c.K; ++k) {
-    Vector next = w;
+    Vector w = trajectory.back(), g(c.program.P);
     auto loss = [&] {
       const int64_t n = c.support.n;
       return naive::loss(c.program, naive::output(c.program, w, part(c.support.x, t, n * c.size(0)), n),
@@ -228,24 +240,37 @@ Vector adapted(const Call& c, int64_t t) {
       if (!c.program.params[param].adapt) return;
       const double old = std::exchange(w[at], w[at] + h), up = loss();
       w[at] = old - h;
-      next[at] -= c.lr[c.lr_index(k, param, at)] * (up - loss()) / (2 * h);
+      g[at] = (up - loss()) / (2 * h);
       w[at] = old;
     });
-    w = next;
+    const double clip = std::min(1.0, c.sgd.max_norm / (std::sqrt(dot(g, g)) + 1e-6));
+    Vector next = w;
+    c.each([&](int64_t param, int64_t at) {
+      if (!c.program.params[param].adapt) return;
+      m[at] = c.sgd.momentum * m[at] + clip * g[at] + c.sgd.weight_decay * w[at];
+      next[at] -= c.lr[c.lr_index(k, param, at)] * m[at];
+    });
+    trajectory.push_back(next);
   }
-  return w;
+  return trajectory;
 }
 
-// What the call's tail gives out of the W_K [T, P].
-void check_values(const Call& c, const std::vector<Vector>& weights, const Results& got) {
+// What the call's tail gives out of the W_k [T, K + 1, P].
+void check_values(const Call& c, const std::vector<std::vector<Vector>>& weights, const Results& got) {
   Vector out, loss;
   for (int64_t t = 0; t < c.T; ++t) {
     const int64_t n = c.query.n;
-    const Vector z = naive::output(c.program, weights[t], part(c.query.x, t, n * c.size(0)), n);
-    const Vector& o = c.tail == Tail::weights ? weights[t] : z;
-    out.insert(out.end(), o.begin(), o.end());
-    loss.push_back(
-        naive::loss(c.program, z, part(c.query.y, t, c.query.y.size() / c.T), part(c.query.weight, t, n), n));
+    double total = 0;
+    for (int64_t k = 0; k <= c.K; ++k) {
+      const bool every = !c.step_weights.empty() && c.K > 0;
+      const double weight = every ? (k > 0 ? c.step_weights[k - 1] : 0) : k == c.K;
+      const Vector z = naive::output(c.program, weights[t][k], part(c.query.x, t, n * c.size(0)), n);
+      const Vector& o = c.tail == Tail::weights ? weights[t][k] : z;
+      if (k == c.K) out.insert(out.end(), o.begin(), o.end());
+      total += weight * naive::loss(c.program, z, part(c.query.y, t, c.query.y.size() / c.T),
+                                    part(c.query.weight, t, n), n);
+    }
+    loss.push_back(total);
   }
   if (c.tail == Tail::weights || c.tail == Tail::output)
     check("out", got.out, out, 1e-8);
@@ -319,12 +344,14 @@ struct Case {
   bool own = false, weighted = false;
   double label_smoothing = 0;
   std::vector<std::size_t> factored = {};  // which of the linear layers
+  Sgd sgd = {};
+  Vector step_weights = {};
 };
 
 Call make_call(const Case& a) {
   Call c;
   c.program = a.program, c.program.loss = a.loss, c.program.label_smoothing = a.label_smoothing;
-  c.T = a.T, c.K = a.K, c.own = c.per_task = a.own;
+  c.T = a.T, c.K = a.K, c.own = c.per_task = a.own, c.sgd = a.sgd, c.step_weights = a.step_weights;
   if (!a.factored.empty()) c.factored.resize(a.program.ops.size());
   c.shared.resize(a.program.params.size());
   for (std::size_t i = 0, linear = 0; i < a.program.ops.size(); ++i) {
@@ -355,7 +382,7 @@ Call make_call(const Case& a) {
 void check_case(const Case& a) {
   now = a.name;
   Call c = make_call(a);
-  std::vector<Vector> weights;
+  std::vector<std::vector<Vector>> weights;
   for (int64_t t = 0; t < a.T; ++t) weights.push_back(adapted(c, t));
   for (Tail tail : {Tail::weights, Tail::output, Tail::loss, Tail::curvature}) {
     // these have dense weights or their tangents
@@ -374,7 +401,7 @@ void check_case(const Case& a) {
     for (const Group& g : groups)
       if (!(full.*g.grad).empty()) check_derivative(c, g, full.*g.grad);
     check_variants(c, full);
-    if (tail == Tail::loss) check_first_order(c);
+    if (tail == Tail::loss && !c.sgd.on && c.step_weights.empty()) check_first_order(c);
   }
 }
 
@@ -470,6 +497,49 @@ int main() {
        {0, 1, 2}},
       {"factored, rounds", programs::mlp(2), mse, 24, 80, 1, 2, Case::scalar, false, false, 0, {0, 1, 2}},
       {"factored, many tasks", programs::tiny(), mse, 203, 2, 1, 2, Case::scalar, false, false, 0, {0}},
+      {"momentum", programs::mlp(2), mse, 2, 3, 5, 4, Case::scalar, false, false, 0, {}, {true, 0.9}},
+      {"weight decay",
+       programs::norms(1),
+       mse,
+       2,
+       3,
+       5,
+       2,
+       Case::per_tensor,
+       false,
+       true,
+       0,
+       {},
+       {true, 0, 0.3}},
+      {"clipped", programs::gates(), mse, 3, 3, 4, 3, Case::scalar, false, false, 0, {}, {true, 0, 0, 0.7}},
+      {"losses on every step",
+       programs::mlp(3),
+       cross_entropy,
+       2,
+       3,
+       4,
+       3,
+       Case::scalar,
+       false,
+       true,
+       0,
+       {},
+       {},
+       {0.5, 0, 2}},
+      {"all of it",
+       programs::tied(true),
+       mse,
+       3,
+       3,
+       2,
+       4,
+       Case::per_element,
+       false,
+       false,
+       0,
+       {},
+       {true, 0.5, 0.2, 0.5},
+       {1, 0.5, 0.25, 0}},
   };
   for (const Case& a : cases) check_case(a);
   std::printf("%zu programs, every derivative right\n", std::size(cases));

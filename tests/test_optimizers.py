@@ -1,0 +1,133 @@
+"""The inner loop's optimizer is torch's, and the losses on every step are those of the weights there.
+
+Their derivatives are drawn in test_random_programs.py.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastmaml import MAML, SGD, FactoredWeight, functional, reference
+from fastmaml.backends import cpu
+
+BACKENDS = ["reference", "torch"] if cpu.available() is not None else ["reference", "cpu", "torch"]
+T, K = 3, 4
+OPTIMIZERS = [
+    SGD(),
+    SGD(momentum=0.9),
+    SGD(weight_decay=0.1),
+    SGD(max_grad_norm=0.5),
+    SGD(momentum=0.5, weight_decay=0.2, max_grad_norm=1.0),
+]
+
+
+def problem() -> tuple[nn.Sequential, dict[str, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    sets = [(torch.randn(T, n, 3).double(), torch.randn(T, n, 2).double()) for n in (4, 5)]
+    return model, dict(model.named_parameters()), sets[0], sets[1]
+
+
+def call(name: str, backend: str, *args, **how):
+    if backend == "reference":
+        return getattr(reference, name)(*args, loss="mse", lr=0.3, **how)
+    return getattr(functional, name)(*args, loss="mse", lr=0.3, backend=backend, **how)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_steps_are_those_of_torch_optim(backend: str, optimizer: SGD, frozen: bool) -> None:
+    model, params, support, _ = problem()
+    model[0].bias.requires_grad_(not frozen)
+    fast = call("inner_loop", backend, model, params, *support, steps=K, optimizer=optimizer)
+    for t, (x, y) in enumerate(zip(*support, strict=True)):
+        again = problem()[0]
+        again[0].bias.requires_grad_(not frozen)
+        sgd = torch.optim.SGD(
+            again.parameters(), lr=0.3, momentum=optimizer.momentum, weight_decay=optimizer.weight_decay
+        )
+        for _ in range(K):
+            sgd.zero_grad()
+            nn.functional.mse_loss(again(x), y).backward()
+            if optimizer.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(again.parameters(), optimizer.max_grad_norm)
+            sgd.step()
+        for n, p in again.named_parameters():
+            torch.testing.assert_close(fast[n][t], p, atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_step_weights_add_up_the_losses_of_every_step(backend: str, reduction: str) -> None:
+    model, params, *sets = problem()
+    how = {"optimizer": SGD(momentum=0.9), "reduction": reduction}
+    each = [call("meta_loss", backend, model, params, *sets, steps=k, **how) for k in range(1, K + 1)]
+    weights = [0.1, 0.0, 2.0, 0.5]
+    found = call("meta_loss", backend, model, params, *sets, steps=K, step_weights=weights, **how)
+    wanted = sum(w * loss for w, loss in zip(weights, each, strict=True))
+    torch.testing.assert_close(found, wanted, atol=1e-13, rtol=1e-13)
+    with torch.no_grad():  # another path: no gradients are made
+        again = call("meta_loss", backend, model, params, *sets, steps=K, step_weights=weights, **how)
+    torch.testing.assert_close(again, found.detach(), atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_only_the_gradient_of_the_query_set(backend: str) -> None:
+    model, params, support, (x, y) = problem()
+    model.requires_grad_(False)
+    x.requires_grad_()
+    how = {"steps": K, "step_weights": [1.0] * K}
+    fixed = {n: p.detach() for n, p in params.items()}
+    grads = [
+        torch.autograd.grad(call("meta_loss", b, model, fixed, support, (x, y), **how), x)[0]
+        for b in (backend, "reference")
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS[1:], ids=str)
+def test_factors_are_the_weights(backend: str, optimizer: SGD) -> None:
+    model, params, support, query = problem()
+    how = {"steps": K, "optimizer": optimizer}
+    dense = call("inner_loop", backend, model, params, *support, **how)
+    factors = call("inner_loop", backend, model, params, *support, fast_weights="factored", **how)
+    assert isinstance(factors["0.weight"], FactoredWeight)
+    for n in params:
+        w = factors[n].dense() if isinstance(factors[n], FactoredWeight) else factors[n]
+        torch.testing.assert_close(w.detach(), dense[n].detach())
+    losses = [
+        call("meta_loss", backend, model, params, support, query, fast_weights=form, **how)
+        for form in (None, "dense", "factored", {"0.weight": "factored"})
+    ]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_maml_evaluates_what_it_trains(optimizer: SGD) -> None:
+    model, params, support, query = problem()
+    maml = MAML(model, loss="mse", lr=0.3, steps=2, optimizer=optimizer, step_weights=[0.5, 1.0])
+    loss = maml.evaluate(*support, *query, steps=K).loss
+    for k in range(K + 1):
+        how = {"steps": k, "optimizer": optimizer, "reduction": "none"}
+        torch.testing.assert_close(loss[k], call("meta_loss", "torch", model, params, support, query, **how))
+    torch.testing.assert_close(maml(*support, *query), (0.5 * loss[1] + loss[2]).mean())
+    assert str(optimizer) in repr(maml)
+
+
+def test_bad_input() -> None:
+    for bad in ({"momentum": -0.1}, {"weight_decay": float("inf")}, {"max_grad_norm": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SGD(**bad)
+    with pytest.raises(TypeError, match="momentum must be a number"):
+        SGD(momentum="0.9")  # pyright: ignore[reportArgumentType]
+    model, params, support, query = problem()
+    sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match=r"fastmaml\.SGD or None"):
+        functional.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=1, optimizer=sgd)
+    with pytest.raises(ValueError, match="a number for each of 2 steps, got 3"):
+        MAML(model, loss="mse", lr=0.1, steps=2, step_weights=[1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="a number for each of 0 steps"):
+        MAML(model, loss="mse", lr=0.1, steps=0, step_weights=[])
