@@ -278,7 +278,8 @@ void check_values(const Call& c, const std::vector<std::vector<Vector>>& weights
     check("loss", got.loss, loss, 1e-8);
 }
 
-// v_K is carried to theta unchanged: the gradient of the query loss at W_K; and g_k = (W_k - W_{k+1}) / a_k.
+// Every gradient of the query loss is carried to theta unchanged, from the W_k where it counts; and
+// g_k = (W_k - W_{k+1}) / a_k.
 void check_first_order(Call c) {
   c.first_order = c.per_task = true;
   const Results got = run(c);
@@ -287,26 +288,33 @@ void check_first_order(Call c) {
   c.tail = Tail::weights, c.wanted = 0;
   c.factored.clear();
   for (c.K = 0; c.K <= K; ++c.K) weights.push_back(run(c).out);
-  Call last = c;
-  last.tail = Tail::loss, last.K = 0, last.own = last.all_own = true, last.wanted = grads;
-  for (std::size_t i = 0; i < c.params.size(); ++i) {
-    last.params[i].clear();
-    for (int64_t t = 0; t < c.T; ++t) {
-      const auto at = weights[K].begin() + t * c.program.P + c.program.params[i].offset;
-      last.params[i].insert(last.params[i].end(), at, at + c.program.params[i].O * c.program.params[i].I);
-    }
-  }
-  Results wanted{{}, got.loss, run(last).grads, Vector(c.T * K * c.S), Vector(got.grad_x_s.size()), {}};
-  for (int64_t t = 0; t < c.T; ++t)
-    c.each([&](int64_t param, int64_t at) {
-      const int64_t j = t * c.program.P + at;
-      for (int64_t k = 0; k < K; ++k) {
-        const int64_t i = c.lr_index(k, param, at);
-        wanted.grad_lr[t * K * c.S + i] += wanted.grads[j] * (weights[k + 1][j] - weights[k][j]) / c.lr[i];
+  Results wanted{{}, got.loss, Vector(c.T * c.program.P), Vector(c.T * K * c.S), Vector(got.grad_x_s.size()),
+                 {}};
+  for (int64_t k = K; k >= 0; --k) {
+    const double weight = c.step_weights.empty() || K == 0 ? k == K : k > 0 ? c.step_weights[k - 1] : 0;
+    Call there = c;
+    there.tail = Tail::loss, there.K = 0, there.own = there.all_own = true, there.wanted = grads;
+    for (std::size_t i = 0; i < c.params.size(); ++i) {
+      there.params[i].clear();
+      for (int64_t t = 0; t < c.T; ++t) {
+        const auto at = weights[k].begin() + t * c.program.P + c.program.params[i].offset;
+        there.params[i].insert(there.params[i].end(), at, at + c.program.params[i].O * c.program.params[i].I);
       }
-    });
+    }
+    const Vector g = run(there).grads;
+    for (std::size_t j = 0; j < g.size(); ++j) wanted.grads[j] += weight * g[j];
+    for (int64_t t = 0; t < c.T && k > 0; ++t)
+      c.each([&](int64_t param, int64_t at) {
+        const int64_t j = t * c.program.P + at, i = c.lr_index(k - 1, param, at);
+        wanted.grad_lr[t * K * c.S + i] += wanted.grads[j] * (weights[k][j] - weights[k - 1][j]) / c.lr[i];
+      });
+  }
   wanted.grad_x_q = got.grad_x_q;
   check_same("first order", got, wanted, 1e-10);
+  Call alone = c;  // the gradient by the parameters alone keeps less
+  alone.K = K, alone.tail = Tail::loss, alone.wanted = grads;
+  Results less{{}, got.loss, wanted.grads, {}, {}, {}};
+  check_same("first order alone", run(alone), less, 1e-10);
 }
 
 // The same results in other ways: threads, checkpoints, fewer outputs, another dtype, two callers.
@@ -401,7 +409,7 @@ void check_case(const Case& a) {
     for (const Group& g : groups)
       if (!(full.*g.grad).empty()) check_derivative(c, g, full.*g.grad);
     check_variants(c, full);
-    if (tail == Tail::loss && !c.sgd.on && c.step_weights.empty()) check_first_order(c);
+    if (tail == Tail::loss && !c.sgd.on) check_first_order(c);
   }
 }
 
