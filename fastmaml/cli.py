@@ -31,6 +31,13 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be 0 or a positive number, got {text}")
+    return value
+
+
 def shape(text: str) -> tuple[int, ...]:
     return tuple(positive_int(size) for size in text.split(","))
 
@@ -101,6 +108,10 @@ def training_options(
     add("--tasks", type=positive_int, default=tasks, help="tasks in a meta-batch")
     add("--inner-lr", type=positive, default=inner_lr, help="step size of the inner loop")
     add("--inner-steps", type=natural, default=1, help="inner steps in training (0: plain pretraining)")
+    add("--inner-momentum", type=not_negative, default=0.0, help="momentum of the inner loop")
+    add("--inner-weight-decay", type=not_negative, default=0.0, help="its weight decay")
+    add("--inner-clip", type=positive, help="its largest norm of a task's gradient")
+    add("--every-step", action="store_true", help="train on the mean of the query losses after every step")
     add("--eval-steps", type=natural, default=eval_steps, help="inner steps in evaluation")
     add("--eval-tasks", type=positive_int, default=600, help="held-out tasks of the final evaluation")
     add("--first-order", action="store_true", help="FOMAML: no second derivatives")

@@ -75,12 +75,15 @@ def default_name(args: argparse.Namespace) -> str:
 
 
 def maml(args: argparse.Namespace, model: torch.nn.Module, loss: str) -> fastmaml.MAML:
+    steps = args.inner_steps
     return fastmaml.MAML(
         model,
         loss=loss,
         lr=args.inner_lr,
-        steps=args.inner_steps,
+        steps=steps,
         first_order=args.first_order,
+        optimizer=fastmaml.SGD(args.inner_momentum, args.inner_weight_decay, args.inner_clip),
+        step_weights=[1 / steps] * steps if args.every_step and steps else None,
         backend=args.backend,
     )
 

@@ -78,7 +78,7 @@ def _adapt(model, params, data, loss, lr, steps, first_order, optimizer):
     sgd, trajectory = optimizer or SGD(), [params]
     for k in range(steps):
         g = grad(lambda w: _loss(model, loss, data)(w | frozen))(w)
-        if sgd.max_grad_norm is not None:
+        if sgd.max_grad_norm is not None and g:
             norm = torch.linalg.vector_norm(torch.cat([a.flatten() for a in g.values()]))
             g = {n: a * (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) for n, a in g.items()}
         if first_order:

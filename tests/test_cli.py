@@ -51,6 +51,15 @@ def test_train_sine_fills_its_folder(sine_run):
     assert list((sine_run / "tensorboard").glob("events.*"))
 
 
+def test_train_with_an_inner_optimizer(sine_run, tmp_path):
+    more = ["--inner-steps", "2", "--inner-momentum", "0.9", "--inner-weight-decay", "0.01"]
+    more += ["--inner-clip", "5", "--every-step"]
+    fastmaml("train", "sine", *SMALL, *more, "--out", str(tmp_path))
+    _, results = outcome(tmp_path)
+    assert results["settings"]["inner_momentum"] == 0.9
+    assert results["test"]["loss"] != outcome(sine_run)[1]["test"]["loss"]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_resumes_to_the_same_results(sine_run, tmp_path, signum):
     arguments = ["train", "sine", *SMALL, "--out", str(tmp_path)]

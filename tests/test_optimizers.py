@@ -77,7 +77,7 @@ def test_only_the_gradient_of_the_query_set(backend: str) -> None:
     model, params, support, (x, y) = problem()
     model.requires_grad_(False)
     x.requires_grad_()
-    how = {"steps": K, "step_weights": [1.0] * K}
+    how = {"steps": K, "step_weights": [1.0] * K, "optimizer": SGD(0.5, 0.1, 1.0)}
     fixed = {n: p.detach() for n, p in params.items()}
     grads = [
         torch.autograd.grad(call("meta_loss", b, model, fixed, support, (x, y), **how), x)[0]

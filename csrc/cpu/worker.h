@@ -266,14 +266,15 @@ struct Worker {
   // v_k, in place; or at the last step to the sums of `grads`, if there are such: true if it was
   bool adjoint_step(int64_t k, const Sums<T>* sums) {
     const bool second_order = !q.first_order && (k > 0 || q.grads || q.grad_x_s);
-    set_support_sweep(k);
-    if (q.grad_lr || (second_order && descent.clips()))
+    if (q.grad_lr || (second_order && descent.clips())) {
+      set_support_sweep(k);
       gradients([&](int64_t task, const T* g) {
         if (q.grad_lr) add_lr_grad(k, task, g, sums);
       });
+    }
     for (int64_t task = 0; task < count && !q.plain; ++task) {
       descent.step_back(k, v + task * P, n + task * P);
-      descent.along(g + task * P, n + task * P, u + task * P);
+      if (second_order) descent.along(g + task * P, n + task * P, u + task * P);
     }
     if (!second_order) return false;
     set_support_sweep(k);

@@ -199,7 +199,7 @@ def _start(problem, params, T: int, rule) -> State:
 
 def _clip(problem, g: Weights, most: float) -> tuple[Tensor, Tensor]:
     each = [a.flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok]
-    return clipping(torch.stack(each).sum(0).sqrt(), most)
+    return clipping(torch.stack(each or [g[0].new_zeros(len(g[0]))]).sum(0).sqrt(), most)
 
 
 def clipping(norm: Tensor, most: float) -> tuple[Tensor, Tensor]:

@@ -224,6 +224,8 @@ class FactoredLoop:
         if not self.rule or self.rule[2] == math.inf:
             return 1.0, 0.0
         adapt = self.problem.adapt
+        if not any(adapt):
+            return 1.0, 0.0
         squares = [a.flatten(1).square().sum(1) for i, a in g.items() if adapt[i]]
         squares += [
             ((d_k @ d_k.mT) * (x_k @ x_k.mT)).sum((1, 2))
