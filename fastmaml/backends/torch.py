@@ -16,7 +16,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from ..reference import _call
 from ..running import innermost
-from . import torch_factored
+from . import torch_factored, torch_linear
 
 if TYPE_CHECKING:
     from . import Problem
@@ -53,7 +53,7 @@ def _why_not_vmapped(problem, device, dtype) -> str | None:
             return f"{f'{path!r}' if path else 'the model'} ({type(module).__name__}) {why}"
         return None
     run = lambda w: _output(problem, w, x[0])  # noqa: E731
-    problem.memo["linear layers"] = torch_factored.linear_layers(run, [p[0] for p in w], 2)
+    problem.memo["linear layers"] = torch_linear.linear_layers(run, [p[0] for p in w], 2)
     return None
 
 

@@ -18,19 +18,15 @@ Norms and inner products are those of Grams: <a^T b, d^T x> = <a d^T, b x^T>.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad_and_value, jvp
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from ..forms import FactoredWeight, LinearLayer
+from ..forms import FactoredWeight
+from .torch_linear import Caught
 
 Rows = tuple[Tensor, Tensor]  # d [T, R, O], x [T, R, I]: a sum of outer products d^T x
 
@@ -73,81 +69,6 @@ class _Layer:
         return self.forward.first[..., None] * self.forward.d, self.forward.x
 
 
-class _Linear(TorchFunctionMode):
-    """Catches the linear layers of these weights, and keeps their inputs."""
-
-    def __init__(self, layers: list[_Layer], parts: Sequence[tuple[Any, ...] | None]) -> None:
-        super().__init__()
-        self.parts = {id(layer.theta): part for layer, part in zip(layers, parts, strict=True)}
-        self.x: dict[int, Tensor] = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if (
-            func is not F.linear
-            or id(weight := args[1] if len(args) > 1 else kwargs["weight"]) not in self.parts
-        ):
-            return func(*args, **kwargs)
-        key = id(weight)
-        if key in self.x:
-            raise RuntimeError(
-                "a weight that several layers use cannot be factored: pass fast_weights='dense'"
-            )
-        x = args[0] if args else kwargs["input"]
-        y = func(*args, **kwargs)
-        rows = self.x[key] = x.reshape(-1, x.shape[-1])
-        part = self.parts[key]
-        if part is None:
-            return y
-        d_j, x_j, a, b, probe, omega = part
-        if omega is not None:
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            y = omega * (y if bias is None else F.linear(x, weight)) + (0.0 if bias is None else bias)
-        more = -(rows @ x_j.mT) @ d_j
-        if probe is not None:
-            more = more + probe
-        if a is not None:
-            more = more + (rows @ b.mT) @ a
-        return y + more.reshape(y.shape)
-
-
-class _Uses(TorchFunctionMode):
-    """Listens to what a model does with its weights."""
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
-        self.place = {id(w): i for i, w in enumerate(weights)}
-        self.linear: dict[int, int] = {}  # rows that a weight is multiplied with as a linear layer's
-        self.uses: Counter[int] = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        for a in tree_leaves((args, kwargs)):
-            if id(a) in self.place:
-                self.uses[self.place[id(a)]] += 1
-        if func is F.linear:
-            x, weight = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("input", "weight")))
-            if id(weight) in self.place and weight.dim() == 2:
-                self.linear[self.place[id(weight)]] = x.numel() // x.shape[-1]
-        return func(*args, **kwargs)
-
-
-def linear_layers(
-    output: Callable[[list[Tensor]], Any], weights: list[Tensor], examples: int
-) -> list[LinearLayer]:
-    """Those that a model without a Program calls by F.linear; output(weights) runs it on `examples` examples.
-
-    A weight that anything else reads, too, counts as tied.
-    """
-    with _Uses(weights) as seen, torch.no_grad():
-        output(weights)
-    return [
-        LinearLayer(i, weights[i].shape[1], weights[i].shape[0], rows // examples, False, seen.uses[i] > 1)
-        for i, rows in sorted(seen.linear.items())
-        if rows % examples == 0
-    ]
-
-
 class FactoredLoop:
     """The inner loop of all tasks, and its adjoint, with some weights factored; backend: torch.py"""
 
@@ -166,7 +87,8 @@ class FactoredLoop:
         """Rows of a task that each layer has for x, found once by a forward of one task."""
         if x.shape[1] in self.rows:
             return self.rows[x.shape[1]]
-        with _Linear(self.layers, [None] * len(self.layers)) as caught, torch.no_grad():
+        thetas = [layer.theta for layer in self.layers]
+        with Caught(thetas, [None] * len(thetas)) as caught, torch.no_grad():
             self.backend._output(self.problem, self._weights({i: w[0] for i, w in self.w.items()}), x[0])
         return self.rows.setdefault(x.shape[1], [len(caught.x[id(layer.theta)]) for layer in self.layers])
 
@@ -188,7 +110,7 @@ class FactoredLoop:
         def of_task(w, probe, x, d_j, x_j, a, b, target, weight):
             none = [None] * len(d_j)
             parts = list(zip(d_j, x_j, a or none, b or none, probe, omegas, strict=True))
-            with _Linear(self.layers, parts) as caught:
+            with Caught([layer.theta for layer in self.layers], parts) as caught:
                 all_weights = self._weights(dict(zip(self.dense, w, strict=True)))
                 loss = scale * self.backend._loss(self.problem)(all_weights, x, target, weight)
             inputs = [caught.x.get(id(layer.theta)) for layer in self.layers]
@@ -406,8 +328,8 @@ def apply(backend, problem, params: list[Tensor | FactoredWeight], x: Tensor) ->
     dense = _dense(problem, params, factored, len(x))
 
     def of_task(w, x, rows):
-        with _Linear(layers, [(d, x_j, None, None, None, None) for d, x_j in rows]):
-            thetas = {layer.weight: layer.theta for layer in layers}
+        thetas = {layer.weight: layer.theta for layer in layers}
+        with Caught(list(thetas.values()), [(d, x_j, None, None, None, None) for d, x_j in rows]):
             weights = dict(zip(dense, w, strict=True)) | thetas
             return backend._output(problem, [weights[i] for i in range(len(params))], x)
 
