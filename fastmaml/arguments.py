@@ -30,11 +30,18 @@ def update_rule(optimizer: SGD | None) -> tuple[float, ...]:
     return optimizer.rule if optimizer else ()
 
 
-def loss_weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
+def loss_weights(step_weights: Sequence[float] | Tensor | None, steps: int) -> tuple[float, ...]:
     """Of the query losses after steps 1, .., `steps`; () where only the last counts, as it is."""
     if step_weights is None:
         return ()
-    weights = tuple(map(float, step_weights))
+    if not isinstance(step_weights, (Sequence, Tensor)):
+        raise TypeError(f"step_weights must be a sequence of numbers, got {type(step_weights).__name__}")
+    if any(isinstance(w, Tensor) and w.requires_grad for w in (step_weights, *step_weights)):
+        raise ValueError("step_weights have no derivative here: detach them, or use fastmaml.reference")
+    try:
+        weights = tuple(map(float, step_weights))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"step_weights must be numbers, got {step_weights!r}") from error
     if len(weights) != steps or not weights:
         raise ValueError(f"step_weights must hold a number for each of {steps} steps, got {len(weights)}")
     return () if weights == (*[0.0] * (steps - 1), 1.0) else weights

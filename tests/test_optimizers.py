@@ -129,5 +129,15 @@ def test_bad_input() -> None:
         functional.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=1, optimizer=sgd)
     with pytest.raises(ValueError, match="a number for each of 2 steps, got 3"):
         MAML(model, loss="mse", lr=0.1, steps=2, step_weights=[1.0, 1.0, 1.0])
+    for weights, error in (
+        (torch.ones(2, requires_grad=True), ValueError),
+        ([torch.ones((), requires_grad=True), 1.0], ValueError),
+        ("ab", TypeError),
+        (0.5, TypeError),
+    ):
+        with pytest.raises(error, match="step_weights"):
+            functional.meta_loss(
+                model, params, support, query, loss="mse", lr=0.1, steps=2, step_weights=weights
+            )
     with pytest.raises(ValueError, match="a number for each of 0 steps"):
         MAML(model, loss="mse", lr=0.1, steps=0, step_weights=[])
