@@ -130,7 +130,8 @@ def meta_loss(
     step_weights: of the query losses after steps 1, .., `steps`, which are added up (MAML++, Antoniou et al.
         2019, arXiv 1810.09502, section 4.1); None: the last one alone
     fast_weights: the form of the linear layers' fast weights, "dense" (a matrix for each task) or "factored"
-        (the rows that make its updates, exact too); a dict weight name -> form; None takes the faster one
+        (the rows that make its updates, exact too); a dict weight name -> form; None takes the faster one,
+        or dense weights in the cpu kernels where there is an optimizer or step_weights
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')

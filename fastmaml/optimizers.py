@@ -11,6 +11,7 @@ class SGD:
         g <- g min(1, max_grad_norm / (|g| + 1e-6)),   M <- momentum M + g + weight_decay W,   W <- W - lr M
 
     with M = 0 before the first step, and |g| over all parameters of a task that the model has not frozen.
+    A parameter that the loss does not depend on has g = 0, and decays like the others (torch.optim skips it).
     lr is an argument of its own. The derivative goes through all of it; for the first order g is a constant.
     """
 

@@ -4,6 +4,8 @@ Slow on purpose. Arguments are those of `fastmaml.functional`; backend, chunk_ta
 fast_weights change nothing here. Everything is differentiable any number of times.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value
@@ -78,7 +80,7 @@ def _adapt(model, params, data, loss, lr, steps, first_order, optimizer):
     sgd, trajectory = optimizer or SGD(), [params]
     for k in range(steps):
         g = grad(lambda w: _loss(model, loss, data)(w | frozen))(w)
-        if sgd.max_grad_norm is not None and g:
+        if sgd.max_grad_norm not in (None, math.inf) and g:
             norm = torch.linalg.vector_norm(torch.cat([a.flatten() for a in g.values()]))
             g = {n: a * (sgd.max_grad_norm / (norm + 1e-6)).clamp(max=1.0) for n, a in g.items()}
         if first_order:

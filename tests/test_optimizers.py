@@ -117,6 +117,40 @@ def test_maml_evaluates_what_it_trains(optimizer: SGD) -> None:
     assert str(optimizer) in repr(maml)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_clipping_at_zero_gradient_and_by_infinity(backend: str, form: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False)).double()
+    params, query = dict(model.named_parameters()), problem()[3]
+    x, y = torch.zeros(T, 4, 3).double(), torch.zeros(T, 4, 2).double()
+    for support, norm in (((x, y), 1e-7), (query, float("inf"))):
+        how = {"steps": 1, "optimizer": SGD(max_grad_norm=norm)}
+        _, grads = call(
+            "meta_value_and_grad", backend, model, params, support, query, fast_weights=form, **how
+        )
+        _, truth = call("meta_value_and_grad", "reference", model, params, support, query, **how)
+        for n in params:
+            torch.testing.assert_close(grads[n], truth[n])
+
+
+def test_the_norm_of_factors_whose_examples_cancel() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    x, y = torch.randn(1, 20, 4), 100 * torch.randn(1, 20, 2)
+    best = torch.linalg.lstsq(torch.cat([x[0], torch.ones(20, 1)], 1), y[0]).solution
+    with torch.no_grad():
+        model.weight.copy_(best[:4].T + 1e-2 * torch.randn(2, 4))
+        model.bias.copy_(best[4])
+    w = call(
+        "inner_loop", "torch", model, dict(model.named_parameters()), x, y,
+        steps=1, optimizer=SGD(max_grad_norm=1e-3), fast_weights={"weight": "factored"},
+    )  # fmt: skip
+    d, rows = w["weight"].d[0].detach().double(), w["weight"].x[0].detach().double()
+    bias = (w["bias"][0] - model.bias).detach().double()
+    norm = ((d.T @ rows).square().sum() + bias.square().sum()).sqrt()
+    assert abs(float(norm) / (0.3 * 1e-3) - 1) < 0.02
+
+
 def test_bad_input() -> None:
     for bad in ({"momentum": -0.1}, {"weight_decay": float("inf")}, {"max_grad_norm": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):

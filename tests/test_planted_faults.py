@@ -63,7 +63,7 @@ FAULTS = [
     ("descent.h", "scale * g[j] + weight_decay * w[j]", "scale * g[j] + weight_decay"),
     ("descent.h", "adapts(i) ? momentum * n[j] - a * v[j]", "adapts(i) ? -a * v[j]"),
     ("descent.h", "v[j] += weight_decay * n[j];", ""),
-    ("descent.h", "T(-scale / ((norm + 1e-6) * norm))", "T(0)"),
+    ("descent.h", "T(norm > 0 ? -scale / ((norm + 1e-6) * norm) : 0)", "T(0)"),
     ("descent.h", "-by.c * n[j]", "-n[j]"),
     ("worker.h", "if (k < K) p.grad_base = p.grad_dst;", ""),
     ("worker.h", "if (weight == 0 && k < K) return;", "if (k < K) return;"),

@@ -54,7 +54,7 @@ struct Descent {
     if (!clips()) return {};
     const double norm = std::sqrt(dot(g, g)), scale = q.max_norm / (norm + 1e-6);
     if (scale >= 1) return {};
-    return {T(scale), T(-scale / ((norm + 1e-6) * norm))};
+    return {T(scale), T(norm > 0 ? -scale / ((norm + 1e-6) * norm) : 0)};
   }
 
   // M_{k+1}; `to` may be m or g

@@ -198,14 +198,21 @@ def _start(problem, params, T: int, rule) -> State:
 
 
 def _clip(problem, g: Weights, most: float) -> tuple[Tensor, Tensor]:
-    each = [a.flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok]
-    return clipping(torch.stack(each or [g[0].new_zeros(len(g[0]))]).sum(0).sqrt(), most)
+    each = [wide(a).flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok]
+    norm = torch.stack(each or [wide(g[0].new_zeros(len(g[0])))]).sum(0).sqrt()
+    return clipping(norm, most, g[0].dtype)
 
 
-def clipping(norm: Tensor, most: float) -> tuple[Tensor, Tensor]:
-    """c = min(1, most / (|g| + 1e-6)) and dc / d(|g|^2 / 2), [T] each; nothing is clipped at |g| = 0"""
+def wide(a: Tensor) -> Tensor:
+    """In a dtype where squares neither overflow nor cancel; not every device has float64"""
+    return a.float() if a.device.type == "mps" else a.double()
+
+
+def clipping(norm: Tensor, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """c = min(1, most / (|g| + 1e-6)) and dc / d(|g|^2 / 2), [T] each of that dtype"""
     c = most / (norm + 1e-6)
-    return c.clamp(max=1.0), torch.where(c < 1, -c / ((norm + 1e-6) * norm), 0.0)
+    slope = torch.where((c < 1) & (norm > 0), -c / ((norm + 1e-6) * norm), 0.0)
+    return c.clamp(max=1.0).to(dtype), slope.to(dtype)
 
 
 def _each(a: Tensor, like: Tensor) -> Tensor:
@@ -348,7 +355,7 @@ def meta_loss(
         """That of W_k, k > 0; the loss and the gradient by x_q are added up."""
         nonlocal loss, g_xq
         weight = weights[k - 1] if k else 0.0 if steps else weights[0]
-        if not weight:
+        if k == 0 < steps or (not weight and k < steps):
             return None
         run = lambda *args: scale * weight * of_task(*args)  # noqa: E731
         if not back and "x_q" not in needs:

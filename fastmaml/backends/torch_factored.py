@@ -148,14 +148,16 @@ class FactoredLoop:
         adapt = self.problem.adapt
         if not any(adapt):
             return 1.0, 0.0
-        squares = [a.flatten(1).square().sum(1) for i, a in g.items() if adapt[i]]
+        wide = self.backend.wide  # the terms of a Gram's sum cancel
+        squares = [wide(a).flatten(1).square().sum(1) for i, a in g.items() if adapt[i]]
         squares += [
             ((d_k @ d_k.mT) * (x_k @ x_k.mT)).sum((1, 2))
-            for layer, d_k, x_k in zip(self.layers, d, x, strict=True)
+            for layer, d_k, x_k in zip(self.layers, map(wide, d), map(wide, x), strict=True)
             if adapt[layer.weight]
         ]
-        # rounding can make a Gram's sum slightly less than 0
-        return self.backend.clipping(torch.stack(squares).sum(0).clamp(min=0).sqrt(), self.rule[2])
+        # rounding can make it slightly less than 0
+        norm = torch.stack(squares).sum(0).clamp(min=0).sqrt()
+        return self.backend.clipping(norm, self.rule[2], x[0].dtype)
 
     def step(self, sizes: list, x: Tensor, y) -> None:
         """W_{k+1} = W_k - a_k M_{k+1}; sizes: of each parameter, 0.0 for what is frozen"""
