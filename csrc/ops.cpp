@@ -136,7 +136,7 @@ class Builder {
     }
   }
   // fastmaml.SGD.rule; empty for plain descent
-  void set_rule(const std::vector<double>& rule) {
+  void set_rule(const Numbers& rule) {
     if (rule.empty()) return;
     STD_TORCH_CHECK(rule.size() == 3, "expected momentum, weight_decay and max_norm, got ", rule.size(),
                     " numbers");

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,15 @@ pytestmark = pytest.mark.skipif(cpu.available() is not None, reason="no C++ exte
 
 MODEL = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Linear(40, 2))
 TASKS = [(torch.randn(100, n, 3), torch.randn(100, n, 2)) for n in (5, 7)]
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """With one, nothing here could go wrong."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def meta_gradient() -> list[Tensor]:

@@ -1,7 +1,12 @@
 // What a step does to a task's dense parameters, all of them flat, and its derivative:
-//   M_{k+1} = momentum M_k + c g_k + weight_decay W_k,  W_{k+1} = W_k - a_k M_{k+1},  c = min(1, max_norm /
-//   |g_k|) n_{k+1} = dL/dM_{k+1} = momentum n_{k+2} - a_k v_{k+1} v_k = v_{k+1} + weight_decay n_{k+1} + H_k
-//   (c n_{k+1} + c' <g_k, n_{k+1}> g_k)
+//
+//   c = min(1, max_norm / |g_k|)
+//   M_{k+1} = momentum M_k + c g_k + weight_decay W_k
+//   W_{k+1} = W_k - a_k M_{k+1}
+//
+//   n_{k+1} = dL/dM_{k+1} = momentum n_{k+2} - a_k v_{k+1}
+//   v_k = v_{k+1} + weight_decay n_{k+1} + H_k (c n_{k+1} + c' <g_k, n_{k+1}> g_k)
+//
 // Plain descent has M = g and n = -a v; its step is the epilogue of the weight gradients (pass.h).
 #pragma once
 #include <limits>

@@ -71,7 +71,8 @@ class MAML(nn.Module):
     ) -> Evaluation:
         """Query loss and accuracy after 0, .., `steps` steps. Of a list of step sizes the last goes on.
 
-        Where fast_weights asks for factors, no weight of a task is formed.
+        Where fast_weights asks for factors, no weight of a task is formed. With momentum, which is no
+        weight, the steps to each k begin anew.
         """
         steps = self.steps if steps is None else steps
         params: dict = dict(self.model.named_parameters())
