@@ -1,6 +1,8 @@
 # Every target prepares .venv by itself. pip's own settings decide where packages come from.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+# what CUDA builds of torch 2.14 bring along; CPU builds have none
+TRITON ?= 3.8.0
 # torch releases that check-wheel runs the tests on; the wheel itself is built against $(TORCH)
 CHECK_TORCH ?= 2.13.0 2.10.0
 ARGS ?=
@@ -21,7 +23,7 @@ $(V)/bin/python:
 	$(PYTHON) -m venv $(V)
 
 $(V)/.torch: Makefile | $(V)/bin/python
-	$(PIP) --quiet "torch==$(TORCH)" numpy "setuptools>=77" wheel ninja
+	$(PIP) --quiet "torch==$(TORCH)" "triton==$(TRITON)" numpy "setuptools>=77" wheel ninja
 	touch $@
 
 # The editable install leaves the extension out, so that it is built once, incrementally, and its output is seen.

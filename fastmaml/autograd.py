@@ -102,7 +102,7 @@ class InnerLoop(Function):
 
 def in_kernels(name: str, loop) -> bool:
     """Does the backend have factored weights for it? The others have to be asked for, and run on torch."""
-    return name == "torch" or not (loop[2] or loop[3])
+    return name == "torch" or (name == "cpu" and not (loop[2] or loop[3]))
 
 
 def run_meta(how, lr, data, ws) -> Sequence[Any]:

@@ -85,13 +85,16 @@ def _batch(shape: tuple[int, ...]) -> str:
 def _backend_lines(problem: Problem, x: Tensor) -> list[str]:
     reasons = {name: backend.supports(problem, x.device, x.dtype) for name, backend in BACKENDS.items()}
     forced = os.environ.get("FASTMAML_BACKEND")
-    chosen = forced or next((name for name, why in reasons.items() if why is None), "none")
+    able = (name for name, why in reasons.items() if why is None and not BACKENDS[name].EMULATED)
+    chosen = forced or next(able, "none")
     on = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
     lines = [f"backend: {chosen} ({on}{', by FASTMAML_BACKEND' if forced else ''})"]
     if forced and forced not in reasons:
         lines.append(f"  but backend must be one of {list(BACKENDS)}")
     for name, why in reasons.items():
-        if name != chosen:
+        if BACKENDS[name].EMULATED and why is None:
+            lines.append(f"  {'' if name == chosen else 'not '}{name}: emulated here, runs when named")
+        elif name != chosen:
             lines.append(f"  not {name}: {why or f'it could, but {chosen} comes first'}")
         elif why:
             lines.append(f"  but {name} cannot run this: {why}")

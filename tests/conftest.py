@@ -6,6 +6,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # before matplotlib is first importe
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when the kernels are first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 # A first example may build or trace something; times are claims of bench/, not of tests.

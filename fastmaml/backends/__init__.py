@@ -15,10 +15,10 @@ from torch import nn
 from .. import forms
 from ..losses import Loss, resolve
 from ..program import Program, Unsupported, trace
-from . import cpu, torch  # torch is the backend here, which hides the library
+from . import cpu, torch, triton  # the backends here, which hide the libraries of that name
 
 # in order of preference
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": torch}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "torch": torch}
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,10 @@ def choose(problem: Problem, device: Device, dtype: DType, name: str | None = No
             raise RuntimeError(f"backend {name!r} cannot run this: {why}")
         chosen = BACKENDS[name]
     else:
-        reasons = {n: b.supports(problem, device, dtype) for n, b in BACKENDS.items()}
+        reasons = {
+            n: "it is emulated here: to be named" if b.EMULATED else b.supports(problem, device, dtype)
+            for n, b in BACKENDS.items()
+        }
         first = next((n for n, why in reasons.items() if why is None), None)
         if first is None:
             why = "; ".join(f"{n}: {why}" for n, why in reasons.items())
@@ -195,8 +198,9 @@ class BackendInfo:
 
 def backends() -> list[BackendInfo]:
     """Every backend, in order of preference, and whether this installation has it."""
-    why = cpu.available()
+    why, why_triton = cpu.available(), triton.available()
     return [
+        BackendInfo("triton", why_triton is None, why_triton or triton.note()),
         BackendInfo("cpu", why is None, why or f"C++ kernels, {cpu.isa()}"),
         BackendInfo("torch", True, "torch.func, any module and loss, any device"),
     ]

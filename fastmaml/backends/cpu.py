@@ -52,6 +52,9 @@ def isa() -> str:
     return _C.isa() if _C is not None else "none"
 
 
+EMULATED = False
+
+
 def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or the reason why this backend cannot run the problem."""
     if _C is None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -166,11 +165,9 @@ def _summed(grad_lr: Tensor | None, per_task: bool) -> Tensor | None:
     return grad_lr if grad_lr is None or per_task or len(grad_lr) == 1 else grad_lr.sum(0, keepdim=True)
 
 
-def flat_parameters(request: Request) -> Tensor:
-    """The parameters of every task in one buffer [T, P]: each at its place in the flat vector, zeros between."""
-    x, problem = request.like, request.problem
-    P = problem.layouts[x.element_size()][1]
-    flat = torch.zeros(x.shape[0], P, dtype=x.dtype, device=x.device)
-    for p, (shape, stride, at) in zip(request.params, problem.strided[x.element_size()], strict=True):
-        flat.as_strided((x.shape[0], *shape), (P, *stride), at).copy_(p)
+def flat_parameters(request: Request, flat: Tensor) -> Tensor:
+    """The parameters into `flat`, zeros [T, P], or [1, P] where the tasks share them all: each at its place."""
+    rows, P = flat.shape
+    for p, (shape, stride, at) in zip(request.params, request.problem.strided[flat.element_size()], strict=True):
+        flat.as_strided((rows, *shape), (P, *stride), at).copy_(p)
     return flat

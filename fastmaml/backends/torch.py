@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Weights = list[Tensor]  # [T, *shape] per parameter
 
 
+EMULATED = False
+
+
 def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or the reason why this backend cannot run the problem."""
     if not dtype.is_floating_point:

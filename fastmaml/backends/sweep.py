@@ -1,0 +1,249 @@
+"""A sweep over a Program, op by op for all tasks at once: which passes run on which buffers.
+
+It drives any namespace of passes with the names and signatures of `fastmaml.kernels`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..losses import CrossEntropy
+from .request import Examples
+
+if TYPE_CHECKING:
+    from . import Problem
+
+_PRODUCERS = ("linear", "batch_norm", "layer_norm")
+_ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu")
+
+
+@dataclass(frozen=True)
+class Node:
+    """An op and the activation behind it that it computes too.
+
+    inputs, out: buffers;  z: what the activation takes, None without one
+    w, b: places of the parameters, None where absent
+    moves, moves_in: do the output, the inputs depend on a parameter?
+    first_in, first_w, first_b: is this the first op on the way back to write that gradient?
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    out: int
+    z: int | None
+    w: int | None
+    b: int | None
+    act: Any
+    attr: float = 0.0
+    moves: bool = False
+    moves_in: tuple[bool, ...] = ()
+    first_in: tuple[bool, ...] = ()
+    first_w: bool = False
+    first_b: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The nodes of a Program in order, and what its buffers hold of an example: rows and columns."""
+
+    nodes: tuple[Node, ...]
+    sizes: tuple[tuple[int, int], ...]
+    moves: tuple[bool, ...]  # each buffer
+    output: int
+    used: frozenset[int]  # parameters
+
+
+def make_plan(problem: "Problem", types: ModuleType) -> Plan:
+    """types: fastmaml.kernels.types, or its like"""
+    program = problem.program
+    assert program is not None
+    place = {name: i for i, name in enumerate(problem.names)}
+    readers: dict[int, list[int]] = {program.output: [-1]}
+    for i, op in enumerate(program.ops):
+        for b in op.inputs:
+            readers.setdefault(b, []).append(i)
+    nodes, folded = [], set()
+    for i, op in enumerate(program.ops):
+        if i in folded:
+            continue
+        w, b = (None if p is None else place[p] for p in (*op.params, None, None)[:2])
+        attrs = dict(op.attrs)
+        node = Node(op.name, op.inputs, op.output, None, w, b, types.NO_ACTIVATION, attrs.get("eps", 0.0))
+        follower = readers[op.output][0]
+        if op.name in _ACTIVATIONS:
+            node = replace(node, act=_activation(op, types))
+        elif op.name in _PRODUCERS and len(readers[op.output]) == 1 and follower >= 0:
+            after = program.ops[follower]
+            if after.name in _ACTIVATIONS:
+                folded.add(follower)
+                node = replace(node, act=_activation(after, types), z=op.output, out=after.output)
+        nodes.append(node)
+
+    moves = [False] * len(program.buffers)
+    for i, node in enumerate(nodes):
+        inputs = tuple(moves[b] for b in node.inputs)
+        moved = any(inputs) or node.w is not None or node.b is not None
+        moves[node.out] = moved
+        nodes[i] = replace(node, moves=moved, moves_in=inputs)
+    seen: set[Any] = set()
+
+    def first(kind: str, place: int | None) -> bool:
+        new = place is not None and (kind, place) not in seen
+        seen.add((kind, place))
+        return new
+
+    for i, node in reversed(list(enumerate(nodes))):
+        nodes[i] = replace(
+            node,
+            first_in=tuple([first("buffer", b) for b in node.inputs]),
+            first_w=first("parameter", node.w),
+            first_b=first("parameter", node.b),
+        )
+    sizes = tuple((prod(s[:-1]), s[-1]) if s else (1, 1) for s in program.buffers)
+    used = frozenset(p for node in nodes for p in (node.w, node.b) if p is not None)
+    return Plan(tuple(nodes), sizes, tuple(moves), program.output, used)
+
+
+def _activation(op: Any, types: ModuleType) -> Any:
+    attrs = dict(op.attrs)
+    name = "leaky_relu" if op.name == "relu" else op.name
+    return types.Activation(name, float(attrs.get("negative_slope", attrs.get("tanh", 0.0))))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The buffers of one set of examples, and what norms keep beside them."""
+
+    buffers: list[Any]  # types.Buffer
+    statistics: dict[int, Tensor]  # by node
+    examples: Examples
+
+
+class Frames:
+    """Allocates frames of a set of n examples; the tangents are shared by all of them."""
+
+    def __init__(self, plan: Plan, types: ModuleType, examples: Examples, dual: bool, x_grad: bool) -> None:
+        self.plan, self.types, self.examples, self.x_grad = plan, types, examples, x_grad
+        T, n = examples.x.shape[:2]
+        self.shapes = [(T, n * R, C) for R, C in plan.sizes]
+        self.tangents = [self._new(b, dual and plan.moves[b]) for b in range(len(plan.sizes))]
+        self.t_grads = [self._new(b, dual and self._has_grad(b)) for b in range(len(plan.sizes))]
+        for node in plan.nodes:
+            if node.z is not None and dual and node.act.curved:
+                self.tangents[node.z] = self._new(node.z, True)
+
+    def _new(self, b: int, wanted: bool) -> Any:
+        return self.examples.x.new_empty(self.shapes[b]) if wanted else None
+
+    def _has_grad(self, b: int) -> bool:
+        return self.plan.moves[b] or self.x_grad
+
+    def make(self) -> Frame:
+        hidden = {node.z for node in self.plan.nodes if not node.act.reads_input}  # z that nothing reads
+        x = self.examples.x
+        buffers = []
+        for b, shape in enumerate(self.shapes):
+            value = x.view(shape) if b == 0 else self._new(b, b not in hidden)
+            inner = any(node.z == b for node in self.plan.nodes)
+            grad = self._new(b, self._has_grad(b) and not inner)
+            buffers.append(self.types.Buffer(value, grad, self.tangents[b], self.t_grads[b]))
+        statistics = {}
+        for i, node in enumerate(self.plan.nodes):
+            if node.name.endswith("_norm"):
+                T, M, C = self.shapes[node.inputs[0]]
+                statistics[i] = x.new_empty(T, C if node.name == "batch_norm" else M, 4)
+        return Frame(buffers, statistics, self.examples)
+
+
+class Sweep:
+    """Runs the passes. `params`: place -> types.Param; `updates`: place -> types.Update, absent: not wanted."""
+
+    def __init__(self, plan: Plan, passes: ModuleType | SimpleNamespace, loss: Any, precision: str) -> None:
+        self.plan, self.passes, self.loss_of = plan, passes, loss
+        self.precision = {"precision": precision}
+
+    def forward(self, frame: Frame, params: Mapping[int, Any], *, dual: bool = False) -> None:
+        for i, node in enumerate(self.plan.nodes):
+            if dual and not node.moves:
+                continue
+            x, y, z = frame.buffers[node.inputs[0]], frame.buffers[node.out], self._z(frame, node)
+            w, b = self._get(params, node.w), self._get(params, node.b)
+            if node.name == "linear":
+                self.passes.linear_forward(x, w, b, y, z, node.act, dual=dual, **self.precision)
+            elif node.name in ("batch_norm", "layer_norm"):
+                run = getattr(self.passes, f"{node.name}_forward")
+                run(x, w, b, y, z, frame.statistics[i], node.act, eps=node.attr, dual=dual)
+            elif node.name in ("add", "flatten"):
+                other = frame.buffers[node.inputs[1]] if node.name == "add" else None
+                self.passes.add_forward(x, other, y, dual=dual)
+            else:
+                self.passes.elementwise_forward(x, y, node.act, dual=dual)
+
+    def loss(self, frame: Frame, value: Tensor | None, *, dual: bool = False) -> None:
+        """The loss [T] and the gradient of the output, or its tangent."""
+        z, (_, target, weight) = frame.buffers[self.plan.output], frame.examples
+        if isinstance(self.loss_of, CrossEntropy):
+            smoothing = self.loss_of.label_smoothing
+            self.passes.cross_entropy(z, target, weight, value, smoothing=smoothing, dual=dual)
+        else:
+            self.passes.mse(z, target, weight, value, dual=dual)
+
+    def backward(
+        self,
+        frame: Frame,
+        params: Mapping[int, Any],
+        updates: "Updates",
+        *,
+        dual: bool = False,
+        x_grad: bool = False,
+        only_params: bool = False,
+    ) -> None:
+        """only_params: the gradients of the buffers are there from an earlier sweep"""
+        for i, node in reversed(list(enumerate(self.plan.nodes))):
+            if not node.moves and (only_params or not x_grad):
+                continue
+            wants = [not only_params and (moves or x_grad) for moves in node.moves_in]
+            add = [not first for first in node.first_in]
+            x, y, z = frame.buffers[node.inputs[0]], frame.buffers[node.out], self._z(frame, node)
+            w = self._get(params, node.w)
+            to_w, to_b = updates.of(node.w, node.first_w), updates.of(node.b, node.first_b)
+            if node.name == "linear":
+                how = {"dual": dual, **self.precision}
+                if wants[0]:
+                    self.passes.linear_backward_input(x, w, y, z, node.act, add=add[0], **how)
+                if to_w or to_b:
+                    self.passes.linear_backward_weight(x, y, z, to_w, to_b, node.act, **how)
+            elif node.name in ("batch_norm", "layer_norm"):
+                if wants[0] or to_w or to_b:
+                    run = getattr(self.passes, f"{node.name}_backward")
+                    how = {"wants_x": wants[0], "add": add[0], "dual": dual}
+                    run(x, w, y, z, frame.statistics[i], to_w, to_b, node.act, **how)
+            elif node.name in ("add", "flatten"):
+                for b, wanted, more in zip(node.inputs, wants, add, strict=True):
+                    if wanted:
+                        self.passes.add_backward(frame.buffers[b], y, add=more, dual=dual)
+            elif wants[0]:
+                self.passes.elementwise_backward(x, y, node.act, add=add[0], dual=dual)
+
+    @staticmethod
+    def _z(frame: Frame, node: Node) -> Any:
+        return None if node.z is None else frame.buffers[node.z]
+
+    @staticmethod
+    def _get(params: Mapping[int, Any], place: int | None) -> Any:
+        return None if place is None else params[place]
+
+
+class Updates:
+    """Where the gradients of a sweep back go; the second op of a tied parameter adds to what the first wrote."""
+
+    def __init__(self, updates: Mapping[int, Any]) -> None:
+        self.updates = updates
+
+    def of(self, place: int | None, first: bool) -> Any:
+        update = None if place is None else self.updates.get(place)
+        return update if update is None or first else update._replace(base=update.dst)

@@ -1,0 +1,137 @@
+"""The `triton` backend: Triton kernels, op by op over all tasks, the whole call recorded in a CUDA graph.
+
+The kernels are in kernels/<op>.py, what is run in sweep.py and engine.py. TRITON_INTERPRET=1, set before fastmaml is
+imported, makes it take CPU tensors: the kernels are then interpreted, which is emulation, for tests alone.
+"""
+
+import functools
+import importlib
+import os
+import threading
+from collections import OrderedDict
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..losses import MSE, CrossEntropy
+from .engine import Engine
+from .request import Examples, Functions, Request, Result
+
+if TYPE_CHECKING:
+    from . import Problem
+
+# does it take CPU tensors, when named, to try the kernels without their device?
+EMULATED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_KEPT = 8  # engines of a Problem: each holds its buffers
+
+
+@functools.cache
+def kernels() -> ModuleType | str:
+    """fastmaml.kernels, imported when first asked for (triton takes its time), or why it cannot be."""
+    try:
+        return importlib.import_module("fastmaml.kernels")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install 'fastmaml[triton]'"
+
+
+def available() -> str | None:
+    """None, or why this backend is absent."""
+    if not EMULATED and not torch.cuda.is_available():
+        return "no CUDA device"
+    return why if isinstance(why := kernels(), str) else None
+
+
+def note() -> str:
+    if EMULATED:
+        return "Triton kernels, interpreted on the CPU: emulation, for tests"
+    return "Triton kernels in a CUDA graph, CUDA devices"
+
+
+def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or the reason why this backend cannot run the problem."""
+    if device.type != ("cpu" if EMULATED else "cuda"):
+        return f"it takes {'CPU tensors here' if EMULATED else 'CUDA tensors'}, not {device.type}"
+    if isinstance(why := kernels(), str):
+        return why
+    if dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, not {dtype}"
+    if problem.program is None:
+        return problem.why_no_program or "the model has no Program"
+    if not isinstance(problem.loss, (type(None), MSE, CrossEntropy)):
+        return "the loss is a callable; it knows MSE and CrossEntropy"
+    if isinstance(problem.loss, CrossEntropy) and len(problem.program.buffers[problem.program.output]) != 1:
+        return "cross entropy takes outputs [N, C] here"
+    return None
+
+
+class _Recorded:
+    """An engine and, from the second call on, the graph that runs it."""
+
+    def __init__(self, request: Request) -> None:
+        passes = kernels()
+        assert isinstance(passes, ModuleType)
+        self.engine = Engine(passes, request)
+        self.graph: Any = None
+        self.calls = 0
+        self.lock = threading.Lock()  # one call at a time in its buffers
+
+    def run(self, request: Request) -> Result:
+        with self.lock:
+            self.engine.load(request)
+            if self.graph is None and self.calls > 0 and _records(request.like):
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.engine.run()
+            if self.graph is None:
+                self.engine.run()
+            else:
+                self.graph.replay()
+            self.calls += 1
+            return self.engine.result()
+
+
+def _records(x: Tensor) -> bool:
+    """Not inside of another's recording; FASTMAML_CUDA_GRAPHS=0 switches it off."""
+    wanted = os.environ.get("FASTMAML_CUDA_GRAPHS", "1") != "0"
+    return wanted and x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def run(request: Request) -> Result:
+    known: OrderedDict[Any, _Recorded] = request.problem.memo.setdefault("triton", OrderedDict())
+    key = _kind(request)
+    if key not in known:
+        if len(known) >= _KEPT:
+            known.popitem(last=False)
+        known[key] = _Recorded(request)
+    known.move_to_end(key)
+    if not request.like.is_cuda:
+        return known[key].run(request)
+    with torch.cuda.device(request.like.device):
+        return known[key].run(request)
+
+
+def _kind(q: Request) -> tuple[Any, ...]:
+    """What decides which kernels run on which buffers. Streams have buffers of their own."""
+    x = q.like
+
+    def shapes(examples: Examples | None) -> Any:
+        return None if examples is None else tuple([None if a is None else a.shape for a in examples])
+
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return (
+        x.dtype, x.device, stream, q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
+        None if q.lr is None else q.lr.shape, q.steps, q.first_order, q.rule, q.step_weights,
+        q.checkpoint_every, None if q.seed is None else q.seed.shape, q.grad_loss is None, q.scale, q.per_task,
+    )  # fmt: skip
+
+
+_functions = Functions(run)
+apply = _functions.apply
+apply_backward = _functions.apply_backward
+value_and_grad = _functions.value_and_grad
+value_and_grad_backward = _functions.value_and_grad_backward
+inner_loop = _functions.inner_loop
+inner_loop_backward = _functions.inner_loop_backward
+meta_loss = _functions.meta_loss
