@@ -3,13 +3,13 @@
 fastmaml/backends/sweep.py drives them. TRITON_INTERPRET=1, set before this is imported, runs them on the CPU.
 """
 
+from . import types
 from .add import add_backward, add_forward
 from .batch_norm import batch_norm_backward, batch_norm_forward
 from .cross_entropy import cross_entropy
 from .elementwise import elementwise_backward, elementwise_forward
 from .layer_norm import layer_norm_backward, layer_norm_forward
 from .linear import linear_backward_input, linear_backward_weight, linear_forward
-from . import types
 from .mse import mse
 
 __all__ = [

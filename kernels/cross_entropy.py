@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .mse import example_weight
-from .tiles import power_of_two
+from .tiles import as_number, power_of_two
 from .types import Buffer
 
 
@@ -48,7 +48,7 @@ def cross_entropy_kernel(
             out = s[:, None] * p * (t_z - tl.sum(p * t_z, 1)[:, None])
         else:
             y = tl.load(target_ptr + t * N + n, mask=n < N, other=-1)
-            q = (c[None, :] == y[:, None]).to(dtype) * (1.0 - SMOOTHING) + SMOOTHING / C.to(dtype)
+            q = (c[None, :] == y[:, None]).to(dtype) * (1.0 - SMOOTHING) + SMOOTHING / as_number(C, dtype)
             expected = tl.sum(tl.where(mask & (q != 0), q * z, 0.0), 1)  # z may be -inf
             # a label out of range shows as NaN: to raise, the host would have to wait for it
             s = tl.where((y >= 0) & (y < C), s, float("nan"))

@@ -62,15 +62,15 @@ def load_grad(
     t_g = g
     if DUAL:
         t_g = tl.load(t_g_ptr + e, mask=mask, other=0.0)
-    if ACT == "none":
-        return g, t_g
-    first, second = slopes(tl.load(at_ptr + e, mask=mask, other=0.0), ACT, ATTR)
-    if DUAL:
-        t_g = first * t_g
-        if ACT != "leaky_relu":
-            t_g += second * tl.load(t_z_ptr + e, mask=mask, other=0.0) * g
-    # 0 elsewhere: what lies behind the mask may have an infinite slope
-    return tl.where(mask, first * g, 0.0), tl.where(mask, t_g, 0.0)
+    if ACT != "none":
+        first, second = slopes(tl.load(at_ptr + e, mask=mask, other=0.0), ACT, ATTR)
+        if DUAL:
+            t_g = first * t_g
+            if ACT != "leaky_relu":
+                t_g += second * tl.load(t_z_ptr + e, mask=mask, other=0.0) * g
+            t_g = tl.where(mask, t_g, 0.0)  # behind the mask f may have an infinite slope
+        g = tl.where(mask, first * g, 0.0)
+    return g, t_g
 
 
 @triton.jit
@@ -172,6 +172,4 @@ def elementwise_backward(x: Buffer, y: Buffer, act: Activation, *, add: bool, du
 def accumulate(out, a, b=None, *, add: bool = False) -> None:
     """out (+)= a + b, tensors of one size"""
     size = out.numel()
-    accumulate_kernel[(triton.cdiv(size, BLOCK),)](
-        a, b, out, size, HAS_B=b is not None, ADD=add, BLOCK=BLOCK
-    )
+    accumulate_kernel[(triton.cdiv(size, BLOCK),)](a, b, out, size, HAS_B=b is not None, ADD=add, BLOCK=BLOCK)

@@ -1,7 +1,7 @@
 """y = f(x w^T + b), f an activation. Formulas: fastmaml/ops/linear.py.
 
 Tangents: t_y = f' (t_x w^T + x t_w^T + t_b);  t_grad_x = t_g w + g t_w;  t_grad_w = t_g^T x + g^T t_x
-with g the gradient by x w^T + b. The gradient by w is never stored for its own sake: `Update` is its epilogue.
+with g the gradient by x w^T + b. The gradient by w is not stored for its own sake: `Update` is its epilogue.
 """
 
 import triton
@@ -153,9 +153,7 @@ def linear_backward_input_kernel(
     for start in range(0, O, BLOCK_O):
         o = start + tl.arange(0, BLOCK_O)
         g_mask = m_mask & (o < O)[None, :]
-        g, t_g = load_grad(
-            g_ptr, t_g_ptr, at_ptr, t_z_ptr, rows * O + o[None, :], g_mask, ACT, ATTR, DUAL
-        )
+        g, t_g = load_grad(g_ptr, t_g_ptr, at_ptr, t_z_ptr, rows * O + o[None, :], g_mask, ACT, ATTR, DUAL)
         w_mask = (o < O)[:, None] & i_mask
         at = o[:, None].to(tl.int64) * I + i[None, :]
         # [BLOCK_O, BLOCK_I]
@@ -266,13 +264,11 @@ def linear_backward_weight_kernel(
         )  # fmt: skip
 
 
-def tile(M: int, I: int, O: int) -> dict[str, int]:
-    """Blocks of a product: as large as the sizes want, at least what a tensor core takes."""
-    return {
-        "BLOCK_M": power_of_two(M, 16, 64),
-        "BLOCK_I": power_of_two(I, 16, 64),
-        "BLOCK_O": power_of_two(O, 16, 64),
-    }
+def tile(M: int, I: int, O: int, *, reduce: str) -> dict[str, int]:
+    """Blocks of a product: as large as the sizes want, at least what a tensor core takes; short along the
+    axis that is summed, whose operands wait in registers and shared memory."""
+    sizes = {"M": M, "I": I, "O": O}
+    return {f"BLOCK_{n}": power_of_two(size, 16, 32 if n == reduce else 64) for n, size in sizes.items()}
 
 
 def linear_forward(
@@ -285,7 +281,7 @@ def linear_forward(
     act.curved
     """
     (T, M, I), O = x.value.shape, y.value.shape[2]
-    blocks = tile(M, I, O)
+    blocks = tile(M, I, O, reduce="I")
     b = b or Param(w.value)
     stored_z = None if z is None else z.t_value if dual else z.value
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(O, blocks["BLOCK_O"])
@@ -305,9 +301,9 @@ def linear_backward_input(
     x: Buffer, w: Param, y: Buffer, z: Buffer | None,
     act: Activation = NO_ACTIVATION, *, add: bool, dual: bool, precision: str = "ieee",
 ) -> None:  # fmt: skip
-    """The gradient by x [T, M, I] from that by y [T, M, O], or its tangent: written, or added to what is there."""
+    """The gradient by x [T, M, I] from that by y [T, M, O], or its tangent: written, or added to x's."""
     (T, M, I), O = x.value.shape, y.value.shape[2]
-    blocks = tile(M, I, O)
+    blocks = tile(M, I, O, reduce="O")
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_input_kernel[grid](
         y.grad, y.t_grad, _at(y, z, act), None if z is None else z.t_value,
@@ -326,7 +322,7 @@ def linear_backward_weight(
     (T, M, I), O = x.value.shape, y.value.shape[2]
     if update_w is None:
         I = 1
-    blocks = tile(M, I, O)
+    blocks = tile(M, I, O, reduce="M")
     grid = T, triton.cdiv(O, blocks["BLOCK_O"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_weight_kernel[grid](
         x.value, y.grad, x.t_value, y.t_grad, _at(y, z, act), None if z is None else z.t_value,

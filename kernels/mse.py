@@ -6,12 +6,14 @@ grad_z = 2 s_n (z - y) / C.  tangent: t_grad_z = 2 s_n t_z / C
 import triton
 import triton.language as tl
 
-from .tiles import power_of_two
+from .tiles import as_number, power_of_two
 from .types import Buffer
 
 
 @triton.jit
-def example_weight(weight_ptr, t, n, mask, N, dtype: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
+def example_weight(
+    weight_ptr, t, n, mask, N, dtype: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """s_n of the examples n of task t; weight [T, N]"""
     if HAS_WEIGHT:
         total = tl.zeros([], dtype=dtype)
@@ -20,7 +22,7 @@ def example_weight(weight_ptr, t, n, mask, N, dtype: tl.constexpr, HAS_WEIGHT: t
             total += tl.sum(tl.load(weight_ptr + t * N + i, mask=i < N, other=0.0), 0)
         return tl.load(weight_ptr + t * N + n, mask=mask, other=0.0) / total
     else:
-        return tl.where(mask, tl.zeros([BLOCK_N], dtype=dtype) + 1.0, 0.0) / N.to(dtype)
+        return tl.where(mask, tl.zeros([BLOCK_N], dtype=dtype) + 1.0, 0.0) / as_number(N, dtype)
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def mse_kernel(
     loss = tl.zeros([BLOCK_N, BLOCK_C], dtype=dtype)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        s = example_weight(weight_ptr, t, n, n < N, N, dtype, HAS_WEIGHT, BLOCK_N) / C.to(dtype)
+        s = example_weight(weight_ptr, t, n, n < N, N, dtype, HAS_WEIGHT, BLOCK_N) / as_number(C, dtype)
         for first in range(0, C, BLOCK_C):
             c = first + tl.arange(0, BLOCK_C)
             mask = (n < N)[:, None] & (c < C)[None, :]
@@ -65,5 +67,6 @@ def mse(z: Buffer, target, weight, loss, *, dual: bool) -> None:
     BLOCK_N = power_of_two(N, 1, 64)
     mse_kernel[(T,)](
         z.value, target, weight, z.t_value, z.t_grad if dual else z.grad, loss, N, C,
-        HAS_WEIGHT=weight is not None, DUAL=dual, BLOCK_N=BLOCK_N, BLOCK_C=power_of_two(C, 1, 1024 // BLOCK_N),
+        HAS_WEIGHT=weight is not None, DUAL=dual, BLOCK_N=BLOCK_N,
+        BLOCK_C=power_of_two(C, 1, 1024 // BLOCK_N),
     )  # fmt: skip

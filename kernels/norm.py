@@ -1,14 +1,15 @@
 """Batch and layer norm: y = f(w h + b), h = (x - m) s, over groups of numbers. f is an activation.
 
-A group is a column of a task for batch norm (AXIS 0), a row for layer norm (AXIS 1); w and b belong to columns.
-Formulas: fastmaml/ops/batch_norm.py. Statistics [T, groups, 4]: m, s, and for the tangent mean t_x, mean (h t_x).
+A group is a column of a task for batch norm (AXIS 0), a row for layer norm (AXIS 1); w and b are of columns.
+Formulas: fastmaml/ops/batch_norm.py. Statistics [T, groups, 4]: m, s, and, for the tangent, mean t_x and
+mean (h t_x).
 """
 
 import triton
 import triton.language as tl
 
 from .elementwise import activate, load_grad, slopes
-from .tiles import number_or_elements, power_of_two, store_update, update_arguments
+from .tiles import as_number, number_or_elements, power_of_two, store_update, update_arguments
 from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
 
 
@@ -77,7 +78,7 @@ def norm_forward_kernel(
     group_mask = tl.expand_dims(c_mask if AXIS == 0 else m < M, AXIS)
     statistics_ptr += group * 4
     x = tl.load(x_ptr + e, mask=mask, other=0.0)
-    count = (M if AXIS == 0 else C).to(x.dtype)
+    count = as_number(M if AXIS == 0 else C, x.dtype)
     if DUAL:
         s = tl.load(statistics_ptr + 1, mask=group_mask, other=0.0)
         h = (x - tl.load(statistics_ptr, mask=group_mask, other=0.0)) * s
@@ -179,7 +180,7 @@ def norm_backward_kernel(
     dtype = x_ptr.dtype.element_ty
     acc_w = tl.zeros([BLOCK_C], dtype=dtype)
     acc_b = tl.zeros([BLOCK_C], dtype=dtype)
-    count = (M if AXIS == 0 else C).to(dtype)
+    count = as_number(M if AXIS == 0 else C, dtype)
     if HAS_PARAM:
         w = tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
     if HAS_T_W:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .types import Update
 
-# The interpreter multiplies the bits of bfloat16: there its operands are rounded to it and multiplied as float32.
+# The interpreter multiplies the bits of bfloat16: there operands are rounded to it, then taken as float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
@@ -25,6 +25,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def as_number(n, dtype: tl.constexpr):
+    """A size as a number to divide by. Where it is 1 the compiler has put a constant in its place."""
+    return tl.zeros([], dtype=dtype) + n
 
 
 @triton.jit

@@ -1,12 +1,21 @@
-"""The passes of fastmaml.kernels in plain torch: what they mean, and a second namespace for the sweep."""
+"""The passes of fastmaml.kernels in plain torch: what they mean, and a second namespace for the sweep.
+
+`backend()` is a backend of them: the sweep and the recursion of the `triton` backend without its kernels.
+"""
 
 import importlib
 import math
+import sys
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastmaml.backends.engine import Engine
+from fastmaml.backends.request import Functions, Request, Result
 
 types = importlib.import_module("fastmaml.kernels.types")
 
@@ -52,8 +61,9 @@ def _tangent(p) -> Tensor | None:
 
 def _finish(y, z, out: Tensor, act, dual: bool) -> None:
     """What a producer's kernel does with f: value of z -> y, or tangent of z -> tangent of y"""
-    if z is not None and (z.t_value if dual else z.value) is not None:
-        (z.t_value if dual else z.value).copy_(out)
+    kept: Any = None if z is None else z.t_value if dual else z.value
+    if kept is not None:
+        kept.copy_(out)
     if dual:
         at = y.value if z is None or z.value is None else z.value
         y.t_value.copy_(slopes(at, y.value, act)[0] * out)
@@ -61,13 +71,13 @@ def _finish(y, z, out: Tensor, act, dual: bool) -> None:
         y.value.copy_(activate(out, act))
 
 
-def _before_f(y, z, act, dual: bool) -> tuple[Tensor, Tensor | None]:
+def _before_f(y, z, act, dual: bool) -> tuple[Tensor, Any]:
     """The gradient by z and its tangent"""
     if act.name == "none":
         return y.grad, y.t_grad
     first, second = slopes(y.value if z is None or z.value is None else z.value, y.value, act)
     t_g = first * y.t_grad if dual else None
-    if t_g is not None and act.curved:
+    if t_g is not None and act.curved and z is not None:
         t_g = t_g + second * z.t_value * y.grad
     return first * y.grad, t_g
 
@@ -231,3 +241,17 @@ def cross_entropy(z, target, weight, loss, *, smoothing, dual) -> None:
     q = (1 - smoothing) * F.one_hot(target, C).to(p.dtype) + smoothing / C
     loss.copy_(-(s * q * log_p).sum((1, 2)))
     z.grad.copy_(s * (p - q))
+
+
+def backend() -> Any:
+    def run(request: Request) -> Result:
+        engine = Engine(sys.modules[__name__], request)
+        for _ in range(2):  # the second time its buffers are used ones
+            engine.load(request)
+            engine.run()
+        return engine.result()
+
+    functions = Functions(run)
+    names = [n for n in dir(functions) if not n.startswith("_")]
+    offered = {name: getattr(functions, name) for name in names}
+    return SimpleNamespace(**offered, supports=lambda *_: None, EMULATED=True)

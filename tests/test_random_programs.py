@@ -1,5 +1,9 @@
 """Every function and every derivative of each backend against `fastmaml.reference`, on random programs."""
 
+from dataclasses import replace
+
+import naive_passes
+import pytest
 import torch
 from cases import Case, cases, error, gradients
 from hypothesis import HealthCheck, Phase, given, settings
@@ -7,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastmaml import functional, reference
+from fastmaml.backends import BACKENDS as KNOWN
 from fastmaml.backends import cpu
 
 # no shrinking: a draw is a whole network with its tasks, and costs a second in the reference
@@ -80,7 +85,9 @@ def _everything(function, f, c: Case, how: dict) -> dict[str, Tensor]:
     return {"value": value.detach().reshape(1), **gradients(value, c)}
 
 
-def test_float64() -> None:
+def test_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KNOWN, "naive", naive_passes.backend())
+
     @settings(CHECK, max_examples=300)
     @given(case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans())
     def check(case: Case, function, knobs: bool) -> None:
@@ -90,8 +97,9 @@ def test_float64() -> None:
         if function is meta_loss:
             how["reduction"] = "sum"
         truth = _everything(function, reference, case, how)
-        for backend in BACKENDS:
-            actual = _everything(function, functional, case, {**how, "backend": backend})
+        for backend in [*BACKENDS, "naive"]:
+            drawn = replace(case, fast_weights=None) if backend == "naive" else case
+            actual = _everything(function, functional, drawn, {**how, "backend": backend})
             errors = {n: error(actual[n], truth[n]) for n in truth}
             if not all(e <= 1e-10 for e in errors.values()):  # only as far as the draw is ill-conditioned
                 bound = 100 * torch.finfo(torch.float64).eps * conditioning(function, case, how)

@@ -1,6 +1,7 @@
 """What an inner optimizer does to all tasks' parameters, flat [T, P], and its derivative: csrc/cpu/descent.h.
 
-    M_{k+1} = momentum M_k + c g_k + weight_decay W_k,    W_{k+1} = W_k - a_k M_{k+1},    c = min(1, max_norm / |g_k|)
+    c = min(1, max_norm / |g_k|)
+    M_{k+1} = momentum M_k + c g_k + weight_decay W_k,    W_{k+1} = W_k - a_k M_{k+1}
     n_{k+1} = momentum n_{k+2} - a_k v_{k+1}
     v_k = v_{k+1} + weight_decay n_{k+1} + H_k (c n_{k+1} + c' <g_k, n_{k+1}> g_k)
 

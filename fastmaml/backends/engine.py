@@ -2,8 +2,8 @@
 
     W_{k+1} = W_k - a_k g_k,    v_k = v_{k+1} - H_k (a_k v_{k+1}),    dL/da_k = - v_{k+1} g_k
 
-An Engine is made once for a kind of call (shapes, what is wanted). It owns every buffer, so that `run` allocates
-nothing, and can be recorded and run again on new data.
+An Engine is made once for a kind of call (shapes, what is wanted). It owns every buffer, so that `run`
+allocates nothing, and can be recorded and run again on new data.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from .sweep import Frames, Plan, Sweep, Updates, make_plan
 
 
 class Engine:
-    """passes: fastmaml.kernels or its like, with `types`; request: one of its kind, whose data are not kept"""
+    """passes: fastmaml.kernels or its like, with `types`; request: one of the kind, whose data it leaves"""
 
     def __init__(
         self, passes: ModuleType | SimpleNamespace, request: Request, precision: str = "ieee"
@@ -77,8 +77,8 @@ class Engine:
         self.stored = [new(T, P) for _ in range((K - 1) // self.every + 1 if self.keep else min(K, 2))]
         self.segment = [new(T, P) for _ in range(self.every - 1 if self.keep else 0)]
         self.v, self.v_next = (new(T, P) if self.adjoint else None for _ in range(2))
-        self.g = new(T, P) if "lr" in kind.want or kind.rule else None
-        self.u = None if self.g is None else new(T, P)
+        self.g: Any = new(T, P) if "lr" in kind.want or kind.rule else None
+        self.u: Any = None if self.g is None else new(T, P)
         self.descent = None
         if kind.rule and K > 0:
             mask = new(P)
@@ -163,7 +163,8 @@ class Engine:
         r.x_q = None if self.x_q is None else self.x_q.clone()
         return r
 
-    # Where W_k is: kept at every `every`-th step, in the current segment else. Without an adjoint two take turns.
+    # Where W_k is: kept at every `every`-th step, in the current segment else. Without an adjoint two take
+    # turns.
 
     def _weights(self, k: int) -> Tensor:
         if k == 0:
@@ -178,7 +179,7 @@ class Engine:
         return self.frames[k % len(self.frames)]
 
     def _view(self, flat: Tensor, i: int) -> Tensor:
-        """Parameter i of every task, [T, *shape], in a flat [T, P]; stride 0 over tasks in one [1, P] or [P]"""
+        """Parameter i of every task, [T, *shape], in a flat [T, P]; stride 0 in a [1, P] or [P]"""
         shape, stride, at = self.kind.problem.strided[self.itemsize][i]
         rows = self.P if flat.dim() == 2 and len(flat) > 1 else 0
         return flat.as_strided((self.T, *shape), (rows, *stride), flat.storage_offset() + at)
@@ -207,9 +208,7 @@ class Engine:
     def _updates(self, dst: Tensor, base: Tensor | None = None, **how: Any) -> Updates:
         return Updates(
             {
-                i: self.types.Update(
-                    self._view(dst, i), None if base is None else self._view(base, i), **how
-                )
+                i: self.types.Update(self._view(dst, i), None if base is None else self._view(base, i), **how)
                 for i in self.plan.used
             }
         )
@@ -240,10 +239,9 @@ class Engine:
 
     def _adjoint_step(self, k: int) -> None:
         kind, frame, descent = self.kind, self._frame(k), self.descent
-        assert self.v is not None and self.v_next is not None
-        second_order = not kind.first_order and (
-            k > 0 or self.grads is not None or self.x_s is not None
-        )
+        assert self.v is not None
+        assert self.v_next is not None
+        second_order = not kind.first_order and (k > 0 or self.grads is not None or self.x_s is not None)
         if self.grad_lr is not None or (second_order and descent is not None and descent.clips):
             self._gradients(k)
         if self.grad_lr is not None:
@@ -271,13 +269,14 @@ class Engine:
 
     def _add_lr_grad(self, k: int) -> None:
         """dL/da_k = - v_{k+1} M_{k+1}, reduced to the shape of a_k; plain descent has M_{k+1} = g_k"""
-        assert self.v is not None and self.grad_lr is not None
+        assert self.v is not None
+        assert self.grad_lr is not None
         product = self.u
         torch.mul(self.g if self.descent is None else self.momenta[k + 1], self.v, out=product).neg_()
         to, S = self.grad_lr[:, k], self.lr.shape[1]
         if S == 1:
             torch.sum(product, 1, keepdim=True, out=to)
-        elif S == len(self.offsets):
+        elif len(self.offsets) == S:
             for i, at in enumerate(self.offsets):
                 end = self.offsets[i + 1] if i + 1 < S else self.P
                 torch.sum(product[:, at:end], 1, out=to[:, i])
@@ -339,7 +338,7 @@ class Engine:
 
 
 def _like(examples: Examples | None) -> Examples | None:
-    return None if examples is None else Examples(*map(_zeros, examples))
+    return None if examples is None else Examples(torch.zeros_like(examples.x), *map(_zeros, examples[1:]))
 
 
 def _zeros(a: Tensor | None) -> Tensor | None:

@@ -20,6 +20,10 @@ class Examples(NamedTuple):
     target: Tensor | None = None
     weight: Tensor | None = None
 
+    def contiguous(self) -> "Examples":
+        rest = (None if a is None else a.contiguous() for a in self[1:])
+        return Examples(self.x.contiguous(), *rest)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -152,7 +156,7 @@ class Functions:
                 how[name] = a.contiguous()
         for name in ("support", "query"):
             if name in how:
-                how[name] = Examples(*[None if a is None else a.contiguous() for a in how[name]])
+                how[name] = how[name].contiguous()
         return self.run(Request(problem, tail, params, want, **how))
 
 
@@ -166,8 +170,10 @@ def _summed(grad_lr: Tensor | None, per_task: bool) -> Tensor | None:
 
 
 def flat_parameters(request: Request, flat: Tensor) -> Tensor:
-    """The parameters into `flat`, zeros [T, P], or [1, P] where the tasks share them all: each at its place."""
+    """The parameters into `flat`, zeros [T, P], or [1, P] where tasks share all: each at its place."""
     rows, P = flat.shape
-    for p, (shape, stride, at) in zip(request.params, request.problem.strided[flat.element_size()], strict=True):
+    for p, (shape, stride, at) in zip(
+        request.params, request.problem.strided[flat.element_size()], strict=True
+    ):
         flat.as_strided((rows, *shape), (P, *stride), at).copy_(p)
     return flat

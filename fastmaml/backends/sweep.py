@@ -160,7 +160,7 @@ class Frames:
 
 
 class Sweep:
-    """Runs the passes. `params`: place -> types.Param; `updates`: place -> types.Update, absent: not wanted."""
+    """Runs the passes. params: place -> types.Param; updates: place -> types.Update, absent: not wanted."""
 
     def __init__(self, plan: Plan, passes: ModuleType | SimpleNamespace, loss: Any, precision: str) -> None:
         self.plan, self.passes, self.loss_of = plan, passes, loss
@@ -239,7 +239,7 @@ class Sweep:
 
 
 class Updates:
-    """Where the gradients of a sweep back go; the second op of a tied parameter adds to what the first wrote."""
+    """Where the gradients of a sweep back go; of a tied parameter the second op adds to the first's."""
 
     def __init__(self, updates: Mapping[int, Any]) -> None:
         self.updates = updates

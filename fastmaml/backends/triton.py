@@ -1,7 +1,7 @@
 """The `triton` backend: Triton kernels, op by op over all tasks, the whole call recorded in a CUDA graph.
 
-The kernels are in kernels/<op>.py, what is run in sweep.py and engine.py. TRITON_INTERPRET=1, set before fastmaml is
-imported, makes it take CPU tensors: the kernels are then interpreted, which is emulation, for tests alone.
+The kernels are in kernels/<op>.py, what is run in sweep.py and engine.py. TRITON_INTERPRET=1, set before
+fastmaml is imported, makes it take CPU tensors: the kernels are then interpreted, emulation for tests alone.
 """
 
 import functools
@@ -123,7 +123,8 @@ def _kind(q: Request) -> tuple[Any, ...]:
     return (
         x.dtype, x.device, stream, q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
         None if q.lr is None else q.lr.shape, q.steps, q.first_order, q.rule, q.step_weights,
-        q.checkpoint_every, None if q.seed is None else q.seed.shape, q.grad_loss is None, q.scale, q.per_task,
+        q.checkpoint_every, None if q.seed is None else q.seed.shape, q.grad_loss is None, q.scale,
+        q.per_task,
     )  # fmt: skip
 
 

@@ -1,0 +1,211 @@
+"""The `triton` backend, whole: interpreted on the CPU, or on the GPU where there is one."""
+
+import importlib
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import naive_passes
+import pytest
+import torch
+from cases import Case, cases, error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_random_programs import CHECK, FUNCTIONS, _everything, conditioning, meta_loss
+from torch import Tensor, nn
+
+import fastmaml
+from fastmaml import functional, reference
+from fastmaml.backends import backends, problem_for, triton
+from fastmaml.losses import MSE, CrossEntropy
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+
+
+def mlp(*widths: int, act: Any = nn.ReLU, norm: bool = False) -> nn.Module:
+    layers: list[nn.Module] = []
+    for i, o in pairwise(widths[:-1]):
+        layers += [nn.Linear(i, o), *([nn.BatchNorm1d(o)] if norm else []), act()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1])).double()
+
+
+def case_of(model: nn.Module, loss: Any, T: int, N: int, Q: int, steps: int, **how: Any) -> Case:
+    torch.manual_seed(0)
+    I, O = model[0].in_features, model[-1].out_features  # pyright: ignore
+
+    def tasks(n: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(T, n, I, dtype=torch.float64, requires_grad=True)
+        y = torch.randint(O, (T, n)) if isinstance(loss, CrossEntropy) else torch.randn(T, n, O).double()
+        return x, y
+
+    params = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+    return Case(model, params, tasks(N), tasks(Q), loss, lr, steps, how.get("first_order", False))
+
+
+def on_device(case: Case, device: str = DEVICE) -> Case:
+    def move(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return a.detach().to(device).requires_grad_(a.requires_grad)
+        if isinstance(a, dict):
+            return {n: move(b) for n, b in a.items()}
+        return type(a)(map(move, a)) if isinstance(a, (tuple, list)) else a
+
+    params, support, query, lr = map(move, (case.params, case.support, case.query, case.lr))
+    return replace(case, params=params, support=support, query=query, lr=lr)
+
+
+def check(case: Case, function=meta_loss, how: dict[str, Any] | None = None) -> None:
+    how = how or {}
+    truth = _everything(function, reference, case, how)
+    actual = _everything(function, functional, on_device(case), {**how, "backend": "triton"})
+    errors = {n: error(actual[n].cpu(), truth[n]) for n in truth}
+    if not all(e <= 1e-10 for e in errors.values()):
+        bound = 100 * torch.finfo(torch.float64).eps * conditioning(function, case, how)
+        assert all(e < bound for e in errors.values()), errors
+
+
+def test_random_programs() -> None:
+    @settings(CHECK, max_examples=30)
+    @given(
+        case=cases(max_width=17), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans()
+    )
+    def test(case: Case, function, knobs: bool) -> None:
+        if case.support[0].shape[0] * max(case.steps, 1) > 15 and not GPU:
+            return  # the interpreter takes a millisecond for a tile
+        how: dict = {"chunk_tasks": 2} if knobs else {}
+        if knobs and function in FUNCTIONS[:2]:
+            how["checkpoint_every"] = 2
+        check(replace(case, fast_weights=None), function, how)
+
+    test()
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(
+    ("model", "loss", "sizes"),
+    [
+        (mlp(1, 40, 40, 1), MSE(), (3, 10, 10, 2)),
+        (mlp(11, 100, 100, 6, act=nn.Tanh), MSE(), (2, 7, 9, 2)),
+        (mlp(784, 256, 128, 64, 64, 5, norm=True), CrossEntropy(), (2, 5, 8, 1)),
+    ],
+    ids=["sine", "policy", "omniglot-mlp"],
+)
+def test_models(model: nn.Module, loss: Any, sizes: tuple[int, ...], first_order: bool) -> None:
+    T, N, Q, steps = sizes
+    check(case_of(model, loss, T, N, Q, steps, first_order=first_order))
+
+
+def test_float32_is_as_accurate_as_the_reference() -> None:
+    case = case_of(mlp(5, 33, 17, 3, act=nn.Tanh), MSE(), 3, 6, 4, 3)
+    truth = _everything(meta_loss, reference, case, {})
+    single = case.to(torch.float32)
+    case.model.float()
+    same = _everything(meta_loss, reference, single, {})
+    actual = _everything(meta_loss, functional, on_device(single), {"backend": "triton"})
+    for n in truth:
+        floor = 16 * torch.finfo(torch.float32).eps
+        assert error(actual[n].cpu(), truth[n]) <= 2 * error(same[n], truth[n]) + floor
+
+
+def test_a_second_call_with_other_data_and_the_first_again() -> None:
+    model = mlp(2, 5, 1, act=nn.Tanh)
+    one, other = (case_of(model, MSE(), 2, 3, 4, 2) for _ in range(2))
+    other = replace(other, support=(other.support[0] * 2, other.support[1] + 1))
+    first = _everything(meta_loss, functional, on_device(one), {"backend": "triton"})
+    check(other)
+    again = _everything(meta_loss, functional, on_device(one), {"backend": "triton"})
+    assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_results_are_copies() -> None:
+    model = mlp(2, 5, 1)
+    case = on_device(case_of(model, MSE(), 2, 3, 4, 2))
+    how = {"loss": MSE(), "lr": 0.1, "steps": 1, "backend": "triton"}
+    fast = functional.inner_loop(model, case.params, *case.support, **how)
+    before = {n: w.detach().clone() for n, w in fast.items()}
+    functional.inner_loop(model, case.params, case.support[0] + 1, case.support[1], **how)
+    assert all(torch.equal(fast[n], before[n]) for n in before)
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_emulation_is_named_so_and_never_chosen() -> None:
+    model = mlp(2, 5, 1)
+    x = torch.randn(2, 3, 2, dtype=torch.float64)
+    assert "triton: emulated here, runs when named" in fastmaml.explain(model, x)
+    assert "backend: triton" not in fastmaml.explain(model, x)
+    (info,) = (info for info in backends() if info.name == "triton")
+    assert info.available
+    assert "emulation" in info.note
+
+
+def test_what_it_does_not_take_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp(2, 5, 1)
+    x = torch.randn(2, 3, 2)
+    problem = problem_for(model, (2,), MSE())
+    assert "float16" in str(triton.supports(problem, torch.device(DEVICE), torch.float16))
+    monkeypatch.setattr(triton, "EMULATED", False)
+    assert triton.supports(problem, x.device, x.dtype) == "it takes CUDA tensors, not cpu"
+    monkeypatch.setattr(triton, "kernels", lambda: "triton cannot be imported (for this test)")
+    assert triton.supports(problem, torch.device("cuda"), x.dtype) == triton.kernels()
+
+
+def test_naive_passes_are_the_same_namespace() -> None:
+    kernels = importlib.import_module("fastmaml.kernels")
+    assert set(kernels.__all__) <= set(dir(naive_passes))
+
+
+@pytest.fixture
+def gpu_case() -> Case:
+    return on_device(case_of(mlp(3, 40, 40, 2, act=nn.Tanh), MSE(), 5, 6, 7, 3))
+
+
+@needs_gpu
+def test_the_recorded_graph_is_what_it_recorded(gpu_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> dict[str, Tensor]:
+        return _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
+
+    plain, recorded, replayed = run(), run(), run()
+    assert all(torch.equal(plain[n], recorded[n]) and torch.equal(plain[n], replayed[n]) for n in plain)
+    monkeypatch.setenv("FASTMAML_CUDA_GRAPHS", "0")
+    assert all(torch.equal(plain[n], a) for n, a in run().items())
+
+
+@needs_gpu
+def test_nothing_waits_for_the_device(gpu_case: Case) -> None:
+    for _ in range(2):  # compiled and recorded
+        meta_loss(functional, gpu_case, backend="triton").backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meta_loss(functional, gpu_case, backend="triton").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_it_runs_on_the_current_stream(gpu_case: Case) -> None:
+    truth = _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            actual = _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
+    stream.synchronize()
+    assert all(torch.equal(truth[n], actual[n]) for n in truth)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_it_runs_on_the_device_of_its_tensors(gpu_case: Case) -> None:
+    truth = _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
+    actual = _everything(meta_loss, functional, on_device(gpu_case, "cuda:1"), {"backend": "triton"})
+    assert all(torch.equal(truth[n].cpu(), actual[n].cpu()) for n in truth)
+
+
+@needs_gpu
+def test_cuda_tensors_go_to_kernels_by_themselves(gpu_case: Case) -> None:
+    explained = fastmaml.explain(gpu_case.model, gpu_case.support[0], MSE())
+    assert "backend: triton" in explained or "backend: cuda" in explained
