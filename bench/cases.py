@@ -86,6 +86,7 @@ def _images(case: Case, rng: torch.Generator) -> Examples:
 _SINE = Case("sine/5-steps", "sine", (1, 40, 40, 1), "mse", 25, 10, 10, 5, 0.01)
 _WIDE = Case("mlp/4x256", "sine", (8, 256, 256, 256, 256, 4), "mse", 25, 10, 10, 5, 0.01)
 _PIXELS = (784, 256, 128, 64, 64, 5)
+_POLICY = Case("mlp/policy", "policy", (17, 100, 100, 6), "mse", 40, 20, 20, 5, 0.1)
 _BROAD = Case("wide/1024", "wide", (1024, 1024, 1024, 5), "cross_entropy", 32, 5, 75, 5, 0.01)
 _OMNIGLOT = Case("omniglot-mlp/1-step", "omniglot-mlp", _PIXELS, "cross_entropy", 32, 5, 75, 1, 0.1, True)
 
@@ -94,6 +95,7 @@ CASES = (
     replace(_SINE, name="sine/1-step", steps=1),
     replace(_SINE, name="sine/T1000", tasks=1000),
     _WIDE,
+    _POLICY,
     _OMNIGLOT,
     replace(_OMNIGLOT, name="omniglot-mlp/5-steps", steps=5),
     replace(

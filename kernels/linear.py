@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import activate, load_grad, slopes
-from .tiles import dot, number_or_elements, power_of_two, store_update, update_arguments
+from .tiles import INTERPRETED, dot, number_or_elements, power_of_two, store_update, update_arguments
 from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
 
 
@@ -264,11 +264,20 @@ def linear_backward_weight_kernel(
         )  # fmt: skip
 
 
-def tile(M: int, I: int, O: int, *, reduce: str) -> dict[str, int]:
-    """Blocks of a product: as large as the sizes want, at least what a tensor core takes; short along the
-    axis that is summed, whose operands wait in registers and shared memory."""
+# precision -> the longest block of the axis that is summed, and of the others. Without tensor cores the
+# operands of a block lie in registers: 64 x 64 blocks spill.
+LONGEST = {"ieee": (16, 32), "tf32": (32, 64), "bf16": (32, 64)}
+if INTERPRETED.value:  # a tile costs a millisecond there, whatever its size
+    LONGEST = dict.fromkeys(LONGEST, (64, 64))
+
+
+def tile(M: int, I: int, O: int, *, reduce: str, precision: str) -> dict[str, int]:
+    """Blocks of a product: as large as the sizes want, and at least what a tensor core takes."""
+    along, across = LONGEST[precision]
     sizes = {"M": M, "I": I, "O": O}
-    return {f"BLOCK_{n}": power_of_two(size, 16, 32 if n == reduce else 64) for n, size in sizes.items()}
+    return {
+        f"BLOCK_{n}": power_of_two(size, 16, along if n == reduce else across) for n, size in sizes.items()
+    }
 
 
 def linear_forward(
@@ -281,7 +290,7 @@ def linear_forward(
     act.curved
     """
     (T, M, I), O = x.value.shape, y.value.shape[2]
-    blocks = tile(M, I, O, reduce="I")
+    blocks = tile(M, I, O, reduce="I", precision=precision)
     b = b or Param(w.value)
     stored_z = None if z is None else z.t_value if dual else z.value
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(O, blocks["BLOCK_O"])
@@ -303,7 +312,7 @@ def linear_backward_input(
 ) -> None:  # fmt: skip
     """The gradient by x [T, M, I] from that by y [T, M, O], or its tangent: written, or added to x's."""
     (T, M, I), O = x.value.shape, y.value.shape[2]
-    blocks = tile(M, I, O, reduce="O")
+    blocks = tile(M, I, O, reduce="O", precision=precision)
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_input_kernel[grid](
         y.grad, y.t_grad, _at(y, z, act), None if z is None else z.t_value,
@@ -322,7 +331,7 @@ def linear_backward_weight(
     (T, M, I), O = x.value.shape, y.value.shape[2]
     if update_w is None:
         I = 1
-    blocks = tile(M, I, O, reduce="M")
+    blocks = tile(M, I, O, reduce="M", precision=precision)
     grid = T, triton.cdiv(O, blocks["BLOCK_O"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_weight_kernel[grid](
         x.value, y.grad, x.t_value, y.t_grad, _at(y, z, act), None if z is None else z.t_value,

@@ -1,0 +1,24 @@
+"""The Triton kernels compile for every architecture, without spills; `python -m bench.gpu_static` has the table."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("arch", "precision"), [("80", "tf32"), ("90", "ieee"), ("100", "bf16"), ("120", "ieee")]
+)
+def test_a_network_compiles_without_spills(arch: str, precision: str, tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    command = [sys.executable, "-m", "bench.gpu_static", "--models", "mlp/policy", "--out", out]
+    done = subprocess.run(
+        [*command, "--arch", arch, "--precision", precision],
+        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"| sm_{arch} | {precision} | linear_forward_kernel |" in out.read_text()

@@ -1,0 +1,135 @@
+"""The tests of the Triton kernels see faults in each of them: planted in copies, these must be caught.
+
+And an executor of the compiler's own representation (ttsem) finds no stray access or race in the kernels as they
+are, and does in a copy with a fault.
+"""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_kernels
+import torch
+
+pytest.importorskip("triton")
+KERNELS = Path(importlib.import_module("fastmaml.kernels").__file__ or "").parent
+TESTS = Path(__file__).parent
+
+tanh = test_kernels.types.Activation("tanh")
+silu = test_kernels.types.Activation("silu")
+
+
+def layers(op: str, way: str, dual: bool, act=tanh, variants=(0, 1, 2)):
+    def test() -> None:
+        for variant in variants:
+            test_kernels.check_layer(op, way, (2, 17, 5, 7), dual, act, variant)
+
+    return test
+
+
+def losses(loss: str, dual: bool, weighted: bool = True):
+    return lambda: test_kernels.test_losses(loss, (3, 5, 5), weighted, dual)
+
+
+forward, backward = layers("linear", "forward", False), layers("linear", "backward", False)
+t_forward, t_backward = layers("linear", "forward", True), layers("linear", "backward", True)
+norm, t_norm = (layers("batch_norm", "backward", dual) for dual in (False, True))
+
+# file, text, what takes its place, the test that must fail
+FAULTS = [
+    # a missing mask
+    ("linear.py", "x = tl.load(x_ptr + i[None, :], mask=x_mask, other=0.0)\n            w =", "x = tl.load(x_ptr + i[None, :], mask=m_mask, other=0.0)\n            w =", forward),
+    ("linear.py", "tl.store(t_y_ptr + e, acc, mask=mask)", "tl.store(t_y_ptr + e, acc, mask=m_mask)", t_forward),
+    ("norm.py", "tl.store(out_ptr + e, out, mask=mask)", "tl.store(out_ptr + e, out, mask=(m < M)[:, None])", norm),
+    # a wrong task offset
+    ("linear.py", "w_ptr += t * w_stride + o[None, :]", "w_ptr += o[None, :]", forward),
+    ("tiles.py", "base_ptr + t * base_stride + e", "base_ptr + e", backward),
+    ("tiles.py", "scale_ptr + t * scale_stride", "scale_ptr", backward),
+    ("norm.py", "at = tl.expand_dims(t * C + c if AXIS == 0 else t * M + m, AXIS) * 4", "at = tl.expand_dims(c if AXIS == 0 else m, AXIS) * 4", norm),
+    # a dropped tangent term
+    ("linear.py", "acc = dot(x, t_w, acc, PRECISION)", "pass", t_forward),
+    ("linear.py", "acc = dot(g, t_w, acc, PRECISION)", "pass", t_backward),
+    ("linear.py", "acc = dot(tl.trans(g), t_x, acc, PRECISION)", "pass", t_backward),
+    ("elementwise.py", "t_g += second * tl.load(t_z_ptr + e, mask=mask, other=0.0) * g", "pass", t_backward),
+    ("elementwise.py", "out += second * t_x * tl.load(g_ptr + e, mask=mask, other=0.0)", "pass", layers("elementwise", "backward", True)),
+    ("norm.py", "out -= s * along * (q - mean(q, count, AXIS) - h * q_h)", "pass", t_norm),
+    ("norm.py", "mean(t_q * h + q * t_h, count, AXIS)", "mean(t_q * h, count, AXIS)", t_norm),
+    ("norm.py", "acc_w += tl.sum(t_g * h + g * t_h, 0)", "acc_w += tl.sum(t_g * h, 0)", t_norm),
+    ("cross_entropy.py", "p * (t_z - tl.sum(p * t_z, 1)[:, None])", "p * t_z", losses("cross_entropy", True)),
+    # a stale buffer
+    ("linear.py", "if ADD:", "if False:", backward),
+    ("linear.py", "if STORE_Z:\n            tl.store(z_ptr", "if False:\n            tl.store(z_ptr", layers("linear", "forward", False, silu)),
+    ("norm.py", "tl.store(statistics_ptr + 3, along, mask=group_mask)", "pass", layers("batch_norm", "forward", True)),
+    # a wrong formula
+    ("tiles.py", "if SIGN < 0:", "if False:", backward),
+    ("silu.py", "t * (2.0 + z * (1.0 - 2.0 * s))", "t * (1.0 + z * (1.0 - 2.0 * s))", layers("elementwise", "backward", True, silu)),
+    ("mse.py", "2.0 * s[:, None] * d", "s[:, None] * d", losses("mse", False)),
+    ("mse.py", "/ total", "", losses("mse", False)),
+    ("cross_entropy.py", "+ SMOOTHING / as_number(C, dtype)", "", losses("smoothed", False)),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fault in a kernel may wedge the GPU")
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_a_planted_fault_is_caught(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, text, fault, test = FAULTS[number]
+    name = f"faulty_{number}"
+    shutil.copytree(KERNELS, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / name / file
+    source = path.read_text()
+    assert source.count(text) == 1, f"{file}: {source.count(text)} times in it: {text}"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(test_kernels, "kernels", importlib.import_module("fastmaml.kernels"))
+    test()  # passes without it
+    path.write_text(source.replace(text, fault))
+    monkeypatch.setattr(test_kernels, "kernels", importlib.import_module(name))
+    with pytest.raises((AssertionError, RuntimeError)):
+        test()
+
+
+def semantics(kernels: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """test_one_of_each, in a tree of its own with those kernels, executed on the compiler's representation"""
+    package = Path(importlib.import_module("fastmaml").__file__ or "").parent
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(package, tmp_path / "fastmaml", ignore=ignore)
+    shutil.rmtree(tmp_path / "fastmaml" / "kernels", ignore_errors=True)
+    shutil.copytree(kernels, tmp_path / "fastmaml" / "kernels", ignore=ignore)
+    for name in ("test_kernels.py", "naive_passes.py"):
+        shutil.copy(TESTS / name, tmp_path / name)
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, "test_kernels.py", "-k", "one_of_each and linear"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+needs_ttsem = pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed")
+
+
+@needs_ttsem
+def test_the_compilers_representation_is_sound(tmp_path: Path) -> None:
+    done = semantics(KERNELS, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+@needs_ttsem
+def test_a_race_between_programs_is_caught_there(tmp_path: Path) -> None:
+    """Programs of a task that add to the same part of a gradient."""
+    faulty = tmp_path / "kernels"
+    shutil.copytree(KERNELS, faulty)
+    path = faulty / "linear.py"
+    text = "    i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)\n    rows ="
+    source = path.read_text()
+    assert source.count(text) == 1
+    path.write_text(source.replace(text, "    i = tl.arange(0, BLOCK_I)\n    rows ="))
+    done = semantics(faulty, tmp_path / "tree")
+    assert done.returncode != 0
+    assert "write-write" in done.stdout
