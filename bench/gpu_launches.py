@@ -8,10 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ.pop(
-    "TRITON_INTERPRET", None
-)  # before triton is first imported: interpreted kernels do not compile
-
 import torch
 import triton
 from torch import Tensor
@@ -26,6 +22,8 @@ from fastmaml.losses import resolve
 
 from .cases import Case
 
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    raise SystemExit("unset TRITON_INTERPRET: interpreted kernels do not compile")
 kernels = importlib.import_module("fastmaml.kernels")
 
 
