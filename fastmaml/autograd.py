@@ -102,6 +102,8 @@ class InnerLoop(Function):
 
 def in_kernels(name: str, loop) -> bool:
     """Does the backend have factored weights for it? The others have to be asked for, and run on torch."""
+    if name in ("triton", "naive"):
+        return not loop[2]
     return name == "torch" or (name == "cpu" and not (loop[2] or loop[3]))
 
 

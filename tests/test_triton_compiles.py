@@ -1,4 +1,4 @@
-"""The Triton kernels compile for every architecture without spills; the table: `python -m bench.gpu_static`."""
+"""The Triton kernels compile for every architecture without spills. Table: `python -m bench.gpu_static`."""
 
 import os
 import subprocess

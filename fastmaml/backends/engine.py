@@ -6,7 +6,9 @@ An Engine is made once for a kind of call (shapes, what is wanted). It owns ever
 allocates nothing, and can be recorded and run again on new data.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from .descent import Descent
 from .request import Examples, Request, Result, flat_parameters
-from .sweep import Frames, Plan, Sweep, Updates, make_plan
+from .rows import Rows
+from .sweep import Frame, Frames, Plan, Sweep, Updates, make_plan
 
 
 class Engine:
@@ -27,10 +30,11 @@ class Engine:
         self.types = passes.types
         problem, x = request.problem, request.like
         self.itemsize = x.element_size()
-        self.offsets, self.P = problem.layout(self.itemsize)
         self.T, self.K = x.shape[0], request.steps
-        self.plan: Plan = make_plan(problem, passes.types)
+        self.places, self.P = _places(request)
+        self.plan: Plan = make_plan(problem, passes.types, request.factored)
         self.sweep = Sweep(self.plan, passes, problem.loss, precision)
+        self.dense = [i for i in sorted(self.plan.used) if i not in request.factored]
         self.adapt = [a and i in self.plan.used for i, a in enumerate(problem.adapt)]
 
         want, K = request.want, self.K
@@ -43,7 +47,8 @@ class Engine:
         self.keep = (
             self.adjoint and K > 0 and (second_order or "lr" in want or bool(request.step_weights) or decays)
         )
-        every = request.checkpoint_every
+        # the activations of the steps are the fast weights where these are factored: all of them stay
+        every = 0 if request.factored else request.checkpoint_every
         self.every = every if 0 < every < K else max(K, 1)
         self.kind = kind = replace(  # with data of the engine's own
             request,
@@ -59,6 +64,15 @@ class Engine:
             kind.support, kind.query, kind.seed, kind.grad_loss,
         )  # fmt: skip
         self._allocate(second_order)
+        for n, node in enumerate(self.plan.nodes):
+            if node.w is not None and node.w in request.factored:
+                assert kind.query is not None
+                fixed = node.inputs[0] == 0 and K > 0 and not {"x_s", "x_q"} & want
+                sets = K if request.step_weights else 1
+                self.sweep.rows[n] = Rows(
+                    passes, node, self.plan.sizes, kind.support, kind.query, K, sets,
+                    self.adapt[node.w], fixed, precision,
+                )  # fmt: skip
 
     def _allocate(self, second_order: bool) -> None:
         kind, x, P, T, K = self.kind, self.kind.like, self.P, self.T, self.K
@@ -73,7 +87,9 @@ class Engine:
             self.frames = [frames.make() for _ in range(self.every if self.keep else 1)]
         if self.query is not None:
             dual = kind.tail == "curvature"
-            self.query_frame = Frames(self.plan, self.types, self.query, dual, "x_q" in kind.want).make()
+            self.query_frame = Frames(self.plan, self.types, self.query, dual, "x_q" in kind.want).make(
+                on_query=True
+            )
         self.stored = [new(T, P) for _ in range((K - 1) // self.every + 1 if self.keep else min(K, 2))]
         self.segment = [new(T, P) for _ in range(self.every - 1 if self.keep else 0)]
         self.v, self.v_next = (new(T, P) if self.adjoint else None for _ in range(2))
@@ -94,7 +110,8 @@ class Engine:
         if "out" in kind.want:
             output = (T, P) if kind.tail == "weights" else tuple(self._output().shape)
             self.out = new(output)
-        self.grads = new(self.rows, P) if "params" in kind.want else None
+        whole = kind.problem.layout(self.itemsize)[1]
+        self.grads = new(self.rows, whole) if "params" in kind.want else None
         self.grad_lr = new(T, K, self.lr.shape[1]) if "lr" in kind.want else None
         self.x_s = None if "x_s" not in kind.want else new(x.shape)
         self.x_q = None if self.query is None or "x_q" not in kind.want else new(self.query.x.shape)
@@ -105,7 +122,9 @@ class Engine:
 
     def load(self, request: Request) -> None:
         """Copies a request's data into the engine's own buffers."""
-        flat_parameters(request, self.w0)
+        flat_parameters(request, self.places, self.w0)
+        for n, rows in self.sweep.rows.items():
+            rows.theta.copy_(request.params[self.plan.nodes[n].w or 0])
         for mine, theirs in (
             (self.lr, request.lr),
             (self.seed, request.seed),
@@ -126,8 +145,10 @@ class Engine:
             self.momenta[0].zero_()
             self.n.zero_()
             for k in range(K):
-                for i in range(len(self.offsets)):
+                for i in range(len(self.places)):
                     self._view(self.rates[k], i)[0].copy_(self._lr(k, i))
+        for rows in self.sweep.rows.values():
+            rows.begin()
         at_steps = bool(kind.step_weights)
         for k in range(K):
             self._inner_step(k)
@@ -142,11 +163,23 @@ class Engine:
                 self._adjoint_step(k)
                 if at_steps and k > 0:
                     self._query_tail(k)
-            if self.grads is not None and self.v is not None:
-                if self.grads.shape[0] == self.T:
-                    self.grads.copy_(self.v)
-                else:
-                    torch.sum(self.v, 0, keepdim=True, out=self.grads)
+            if self.grads is not None:
+                self._write_grads(self.grads)
+
+    def _write_grads(self, grads: Tensor) -> None:
+        assert self.v is not None
+        summed = len(grads) < self.T
+        if not self.sweep.rows:
+            torch.sum(self.v, 0, keepdim=True, out=grads) if summed else grads.copy_(self.v)
+            return
+        parameter = {self.plan.nodes[n].w: rows for n, rows in self.sweep.rows.items()}
+        for i, (shape, stride, at) in enumerate(self.kind.problem.strided[self.itemsize]):
+            view = grads.as_strided((len(grads), *shape), (grads.shape[1], *stride), at)
+            if i in parameter:
+                parameter[i].weight_grad(view)
+            else:
+                v = self._view(self.v, i)
+                torch.sum(v, 0, keepdim=True, out=view) if summed else view.copy_(v)
 
     def result(self) -> Result:
         """Copies of what `run` left: it is written over by the next one."""
@@ -180,23 +213,23 @@ class Engine:
 
     def _view(self, flat: Tensor, i: int) -> Tensor:
         """Parameter i of every task, [T, *shape], in a flat [T, P]; stride 0 in a [1, P] or [P]"""
-        shape, stride, at = self.kind.problem.strided[self.itemsize][i]
+        shape, stride, at = self.places[i]
         rows = self.P if flat.dim() == 2 and len(flat) > 1 else 0
         return flat.as_strided((self.T, *shape), (rows, *stride), flat.storage_offset() + at)
 
     def _lr(self, k: int, i: int) -> Tensor:
-        shape, stride, at = self.kind.problem.strided[self.itemsize][i]
         row = self.lr[k]
         if len(row) == 1:
             return row
-        if len(row) == len(self.offsets):
+        if len(row) == len(self.places):
             return row[i : i + 1]
+        shape, stride, at = self.places[i]
         return self.lr.as_strided(shape, stride, k * self.P + at)
 
     def _params(self, k: int, tangent: Tensor | None = None, lr: int | None = None) -> dict[int, Any]:
         """W_k, with tangents; lr: the step by whose sizes these are scaled, where frozen ones have none"""
-        params = {}
-        for i in self.plan.used:
+        params: dict[int, Any] = dict.fromkeys(self.kind.factored)
+        for i in self.dense:
             value = self._view(self._weights(k) if self.adapt[i] else self.w0, i)
             if tangent is None or (lr is not None and not self.adapt[i]):
                 params[i] = self.types.Param(value)
@@ -209,7 +242,7 @@ class Engine:
         return Updates(
             {
                 i: self.types.Update(self._view(dst, i), None if base is None else self._view(base, i), **how)
-                for i in self.plan.used
+                for i in self.dense
             }
         )
 
@@ -227,10 +260,19 @@ class Engine:
             i: self.types.Update(
                 self._view(self._weights(k + 1), i), self._view(self._weights(k), i), self._lr(k, i), sign=-1
             )
-            for i in self.plan.used
+            for i in self.dense
             if self.adapt[i]
         }
         self.sweep.backward(frame, params, Updates(steps))
+        for rows, x, y, place in self._layers(frame):
+            rows.step(x, y, self._lr(k, place))
+
+    def _layers(self, frame: Frame) -> Iterator[tuple[Rows, Any, Any, int]]:
+        """The layers whose weights stay factors, their buffers in a frame, and the place of the weight."""
+        for n, rows in self.sweep.rows.items():
+            node = self.plan.nodes[n]
+            assert node.w is not None
+            yield rows, frame.buffers[node.inputs[0]], frame.buffers[node.out], node.w
 
     def _gradients(self, k: int, only_params: bool = True) -> None:
         """g_k; only_params: anew, from the kept activations"""
@@ -246,6 +288,8 @@ class Engine:
             self._gradients(k)
         if self.grad_lr is not None:
             self._add_lr_grad(k)
+        for rows, _, y, place in self._layers(frame):
+            rows.step_back(y, self._lr(k, place))
         if descent is not None:
             descent.step_back(self.rates[k], self.v, self.n)
         if not second_order or not self.plan.moves[self.plan.output]:
@@ -257,11 +301,14 @@ class Engine:
             descent.along(self.g, self.n, self.u)
             params = self._params(k, self.u)
             updates = self._updates(self.v_next, self.v)
-            if len(self.plan.used) < len(self.offsets):  # what nothing writes may have decayed
+            if len(self.plan.used) < len(self.places):  # what nothing writes may have decayed
                 self.v_next.copy_(self.v)
+        self.sweep.rates = {n: self._lr(k, self.plan.nodes[n].w or 0) for n in self.sweep.rows}
         self.sweep.forward(frame, params, dual=True)
         self.sweep.loss(frame, None, dual=True)
         self.sweep.backward(frame, params, updates, dual=True, x_grad=self.x_s is not None)
+        for rows, x, y, _ in self._layers(frame):
+            rows.adjoint_rows(x, y)
         if self.x_s is not None:
             sign = -1 if descent is None else 1
             self.x_s.add_(frame.buffers[0].t_grad.view(self.x_s.shape), alpha=sign)
@@ -276,12 +323,15 @@ class Engine:
         to, S = self.grad_lr[:, k], self.lr.shape[1]
         if S == 1:
             torch.sum(product, 1, keepdim=True, out=to)
-        elif len(self.offsets) == S:
-            for i, at in enumerate(self.offsets):
-                end = self.offsets[i + 1] if i + 1 < S else self.P
-                torch.sum(product[:, at:end], 1, out=to[:, i])
+        elif len(self.places) == S:
+            to.zero_()
+            for i in self.dense:
+                to[:, i] = self._view(product, i).flatten(1).sum(1)
         else:
             to.copy_(product)
+        for rows, x, y, place in self._layers(self._frame(k)):
+            if self.adapt[place]:
+                to[:, 0 if S == 1 else place].add_(rows.lr_grad(x, y))
 
     def _tail(self) -> None:
         if self.kind.tail != "weights":
@@ -323,6 +373,8 @@ class Engine:
             updates = self._updates(self.v, self.v if k < self.K else None, scale=scale)
         x_grad = self.x_q is not None
         self.sweep.backward(frame, params, updates, x_grad=x_grad)
+        for rows, x, y, _ in self._layers(frame):
+            rows.query_rows(x, y, scale)
         if self.x_q is not None:
             self.x_q.addcmul_(frame.buffers[0].grad.view(self.x_q.shape), _rows(scale, self.x_q))
         if kind.tail != "curvature" or not self.plan.moves[self.plan.output]:
@@ -335,6 +387,19 @@ class Engine:
         self.sweep.backward(frame, params, updates, dual=True, x_grad=x_grad)
         if self.x_q is not None:
             self.x_q.add_(frame.buffers[0].t_grad.view(self.x_q.shape))
+
+
+def _places(request: Request) -> tuple[list[Any], int]:
+    """(shape, stride, offset) of each parameter in the engine's vectors, None: factored; and their length"""
+    problem, itemsize = request.problem, request.like.element_size()
+    places: list[Any] = list(problem.strided[itemsize])
+    if not request.factored:
+        return places, problem.layout(itemsize)[1]
+    unit, end = 64 // itemsize, 0
+    for i, (shape, stride, _) in enumerate(places):
+        places[i] = None if i in request.factored else (shape, stride, end)
+        end += 0 if i in request.factored else -(-prod(shape) // unit) * unit
+    return places, max(end, unit)
 
 
 def _like(examples: Examples | None) -> Examples | None:

@@ -3,9 +3,9 @@
 The Python twin of csrc/cpu/request.h: K inner steps on the support set, then a tail, then the adjoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -169,11 +169,13 @@ def _summed(grad_lr: Tensor | None, per_task: bool) -> Tensor | None:
     return grad_lr if grad_lr is None or per_task or len(grad_lr) == 1 else grad_lr.sum(0, keepdim=True)
 
 
-def flat_parameters(request: Request, flat: Tensor) -> Tensor:
-    """The parameters into `flat`, zeros [T, P], or [1, P] where tasks share all: each at its place."""
+def flat_parameters(request: Request, places: Sequence[Any], flat: Tensor) -> None:
+    """The parameters into `flat`, zeros [T, P], or [1, P] where tasks share all.
+
+    places: (shape, stride, offset) of each, as in Problem.strided; None leaves one out
+    """
     rows, P = flat.shape
-    for p, (shape, stride, at) in zip(
-        request.params, request.problem.strided[flat.element_size()], strict=True
-    ):
-        flat.as_strided((rows, *shape), (P, *stride), at).copy_(p)
-    return flat
+    for p, place in zip(request.params, places, strict=True):
+        if place is not None:
+            shape, stride, at = place
+            flat.as_strided((rows, *shape), (P, *stride), at).copy_(p)

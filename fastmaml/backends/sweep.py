@@ -16,6 +16,7 @@ from .request import Examples
 
 if TYPE_CHECKING:
     from . import Problem
+    from .rows import Rows
 
 _PRODUCERS = ("linear", "batch_norm", "layer_norm")
 _ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu")
@@ -57,8 +58,8 @@ class Plan:
     used: frozenset[int]  # parameters
 
 
-def make_plan(problem: "Problem", types: ModuleType) -> Plan:
-    """types: fastmaml.kernels.types, or its like"""
+def make_plan(problem: "Problem", types: ModuleType, factored: tuple[int, ...] = ()) -> Plan:
+    """types: fastmaml.kernels.types, or its like; factored: weights whose layers fuse nothing"""
     program = problem.program
     assert program is not None
     place = {name: i for i, name in enumerate(problem.names)}
@@ -76,7 +77,7 @@ def make_plan(problem: "Problem", types: ModuleType) -> Plan:
         follower = readers[op.output][0]
         if op.name in _ACTIVATIONS:
             node = replace(node, act=_activation(op, types))
-        elif op.name in _PRODUCERS and len(readers[op.output]) == 1 and follower >= 0:
+        elif op.name in _PRODUCERS and w not in factored and len(readers[op.output]) == 1 and follower >= 0:
             after = program.ops[follower]
             if after.name in _ACTIVATIONS:
                 folded.add(follower)
@@ -121,6 +122,7 @@ class Frame:
     buffers: list[Any]  # types.Buffer
     statistics: dict[int, Tensor]  # by node
     examples: Examples
+    on_query: bool
 
 
 class Frames:
@@ -142,7 +144,7 @@ class Frames:
     def _has_grad(self, b: int) -> bool:
         return self.plan.moves[b] or self.x_grad
 
-    def make(self) -> Frame:
+    def make(self, on_query: bool = False) -> Frame:
         hidden = {node.z for node in self.plan.nodes if not node.act.reads_input}  # z that nothing reads
         x = self.examples.x
         buffers = []
@@ -156,15 +158,20 @@ class Frames:
             if node.name.endswith("_norm"):
                 T, M, C = self.shapes[node.inputs[0]]
                 statistics[i] = x.new_empty(T, C if node.name == "batch_norm" else M, 4)
-        return Frame(buffers, statistics, self.examples)
+        return Frame(buffers, statistics, self.examples, on_query)
 
 
 class Sweep:
-    """Runs the passes. params: place -> types.Param; updates: place -> types.Update, absent: not wanted."""
+    """Runs the passes. params: place -> types.Param; updates: place -> types.Update, absent: not wanted.
+
+    rows: by node, the layers whose weights stay factors; `rate`: place -> the step size by which v is scaled
+    """
 
     def __init__(self, plan: Plan, passes: ModuleType | SimpleNamespace, loss: Any, precision: str) -> None:
         self.plan, self.passes, self.loss_of = plan, passes, loss
         self.precision = {"precision": precision}
+        self.rows: dict[int, Rows] = {}
+        self.rates: dict[int, Tensor] = {}
 
     def forward(self, frame: Frame, params: Mapping[int, Any], *, dual: bool = False) -> None:
         for i, node in enumerate(self.plan.nodes):
@@ -172,7 +179,10 @@ class Sweep:
                 continue
             x, y, z = frame.buffers[node.inputs[0]], frame.buffers[node.out], self._z(frame, node)
             w, b = self._get(params, node.w), self._get(params, node.b)
-            if node.name == "linear":
+            if i in self.rows:
+                how = {"on_query": frame.on_query, "dual": dual}
+                self.rows[i].forward(x, b, y, self.rates.get(i), **how)
+            elif node.name == "linear":
                 self.passes.linear_forward(x, w, b, y, z, node.act, dual=dual, **self.precision)
             elif node.name in ("batch_norm", "layer_norm"):
                 run = getattr(self.passes, f"{node.name}_forward")
@@ -213,7 +223,11 @@ class Sweep:
             to_w, to_b = updates.of(node.w, node.first_w), updates.of(node.b, node.first_b)
             if node.name == "linear":
                 how = {"dual": dual, **self.precision}
-                if wants[0]:
+                if i in self.rows:
+                    to_w = None
+                    if wants[0]:
+                        self.rows[i].backward(x, y, self.rates.get(i), add=add[0], dual=dual)
+                elif wants[0]:
                     self.passes.linear_backward_input(x, w, y, z, node.act, add=add[0], **how)
                 if to_w or to_b:
                     self.passes.linear_backward_weight(x, y, z, to_w, to_b, node.act, **how)
