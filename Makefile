@@ -15,7 +15,7 @@ CPP_TESTS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/test_*.cpp))
 # torch finds ninja by PATH
 export PATH := $(CURDIR)/$(V)/bin:$(PATH)
 
-.PHONY: setup test demo bench lint format sanitize wheel check-wheel clean
+.PHONY: setup test demo bench gpu gpu-static lint format sanitize wheel check-wheel clean
 
 setup: $(V)/.built
 
@@ -51,6 +51,21 @@ bench: setup $(V)/.bench
 	$(V)/bin/python -m pytest bench --benchmark-autosave --benchmark-storage=bench/results/benchmarks
 	$(V)/bin/python -m bench.meta_step $(or $(ARGS),sine omniglot-mlp)
 	$(V)/bin/python -m bench.memory
+
+# Everything that needs a GPU, on a machine that has one: all tests there, the kernels under the memory checker,
+# then the comparison with the peers.
+gpu: setup
+	@$(V)/bin/python -m bench.gpu --check
+	$(V)/bin/python -m pytest
+	@if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(V)/bin/python -m pytest tests/test_kernels.py -k one_of_each; \
+	else echo "no compute-sanitizer on PATH: the memory checker was not run"; fi
+	$(V)/bin/python -m bench.gpu $(ARGS)
+
+gpu-static: setup
+	$(V)/bin/python -m bench.gpu_static --out bench/results/gpu_static.md
+	$(V)/bin/python -m bench.gpu_counts --out bench/results/gpu_counts.md
 
 lint: setup $(V)/.dev
 	$(V)/bin/ruff check .

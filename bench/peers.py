@@ -197,6 +197,10 @@ def jax_jit(case: Case, dtype: torch.dtype) -> Step:
     return peer_jax.build(case, dtype)
 
 
+def fastmaml_on(backend: str) -> Callable[[Case, torch.dtype], Step]:
+    return lambda case, dtype: _fastmaml(case, dtype, backend)
+
+
 PEERS: dict[str, Callable[[Case, torch.dtype], Step]] = {
     "fastmaml": fastmaml_cpu,
     "fastmaml-autograd": fastmaml_autograd,

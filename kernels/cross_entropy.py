@@ -13,6 +13,27 @@ from .types import Buffer
 
 
 @triton.jit
+def cross_entropy_tile(
+    z, t_z, y, s, c, C, n_mask, SMOOTHING: tl.constexpr, DUAL: tl.constexpr
+):  # fmt: skip
+    """(gradient or its tangent [BLOCK_N, BLOCK_C], losses [BLOCK_N] but by DUAL) of rows that are whole"""
+    mask = n_mask[:, None] & (c < C)[None, :]
+    top = tl.max(tl.where(mask, z, float("-inf")), 1)
+    z = tl.where(mask, z - top[:, None], 0.0)
+    p = tl.where(mask, tl.exp(z), 0.0)
+    norm = tl.where(n_mask, tl.sum(p, 1), 1.0)
+    p /= norm[:, None]
+    if DUAL:
+        return s[:, None] * p * (t_z - tl.sum(p * t_z, 1)[:, None]), s
+    else:
+        q = (c[None, :] == y[:, None]).to(z.dtype) * (1.0 - SMOOTHING) + SMOOTHING / as_number(C, z.dtype)
+        expected = tl.sum(tl.where(mask & (q != 0), q * z, 0.0), 1)  # z may be -inf
+        # a label out of range shows as NaN: to raise, the host would have to wait for it
+        s = tl.where((y >= 0) & (y < C), s, float("nan"))
+        return tl.where(mask, s[:, None] * (p - q), 0.0), tl.where(n_mask, s * (tl.log(norm) - expected), 0.0)
+
+
+@triton.jit
 def cross_entropy_kernel(
     z_ptr,  # [T, N, C]
     target_ptr,  # [T, N] int64
@@ -38,22 +59,15 @@ def cross_entropy_kernel(
         mask = (n < N)[:, None] & (c < C)[None, :]
         e = (t * N + n)[:, None] * C + c[None, :]
         z = tl.load(z_ptr + e, mask=mask, other=0.0)
-        top = tl.max(tl.where(mask, z, float("-inf")), 1)
-        z = tl.where(mask, z - top[:, None], 0.0)
-        p = tl.where(mask, tl.exp(z), 0.0)
-        norm = tl.where(n < N, tl.sum(p, 1), 1.0)
-        p /= norm[:, None]
+        y = n
+        t_z = z
         if DUAL:
             t_z = tl.load(t_z_ptr + e, mask=mask, other=0.0)
-            out = s[:, None] * p * (t_z - tl.sum(p * t_z, 1)[:, None])
         else:
             y = tl.load(target_ptr + t * N + n, mask=n < N, other=-1)
-            q = (c[None, :] == y[:, None]).to(dtype) * (1.0 - SMOOTHING) + SMOOTHING / as_number(C, dtype)
-            expected = tl.sum(tl.where(mask & (q != 0), q * z, 0.0), 1)  # z may be -inf
-            # a label out of range shows as NaN: to raise, the host would have to wait for it
-            s = tl.where((y >= 0) & (y < C), s, float("nan"))
-            loss += tl.where(n < N, s * (tl.log(norm) - expected), 0.0)
-            out = s[:, None] * (p - q)
+        out, losses = cross_entropy_tile(z, t_z, y, s, c, C, n < N, SMOOTHING, DUAL)
+        if not DUAL:
+            loss += losses
         tl.store(out_ptr + e, out, mask=mask)
     if not DUAL:
         tl.store(loss_ptr + t, tl.sum(loss, 0))

@@ -275,9 +275,11 @@ def tile(M: int, I: int, O: int, *, reduce: str, precision: str) -> dict[str, in
     """Blocks of a product: as large as the sizes want, and at least what a tensor core takes."""
     along, across = LONGEST[precision]
     sizes = {"M": M, "I": I, "O": O}
-    return {
+    blocks = {
         f"BLOCK_{n}": power_of_two(size, 16, along if n == reduce else across) for n, size in sizes.items()
     }
+    large = blocks["BLOCK_M"] * blocks["BLOCK_I"] * blocks["BLOCK_O"] > 32 * 32 * 64
+    return blocks | {"num_warps": 8 if large else 4}
 
 
 def linear_forward(

@@ -1,6 +1,5 @@
 """Every function and every derivative of each backend against `fastmaml.reference`, on random programs."""
 
-
 import naive_passes
 import pytest
 import torch

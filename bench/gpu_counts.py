@@ -1,0 +1,109 @@
+"""Launches, operations and bytes of a meta-step on a GPU, found without one: `python -m bench.gpu_counts`.
+
+For each network: what the `triton` backend would launch, what eager grad(vmap) dispatches counted the same
+way, the operations of the products, the bytes that the launches read and write against those that must be, and
+two floors from datasheets: operations over the peak, and bytes over the bandwidth. No time is predicted: floors
+are what no implementation of these counts can beat.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .cases import Case, select
+from .gpu_launches import is_work, meta_step
+from .gpu_static import MODELS, markdown
+from .peers import grad_vmap
+
+# float32 and TF32 [TFLOP/s, dense], memory [TB/s]: datasheets of the SXM parts (A100 80 GB, H100, HGX B200)
+DEVICES = {"A100": (19.5, 156.0, 2.04), "H100": (67.0, 494.0, 3.35), "B200": (75.0, 1100.0, 7.7)}
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += is_work(func)
+        return func(*args, **(kwargs or {}))
+
+
+def eager_ops(case: Case) -> int:
+    """What grad(vmap(..)) dispatches that would launch a kernel."""
+    step = grad_vmap(case, torch.float32)
+    step()
+    with _Count() as count:
+        step()
+    return count.ops
+
+
+def least_bytes(case: Case) -> int:
+    """The parameters, the examples and the gradient, once each: what any implementation reads and writes."""
+    parameters = sum(p.numel() for p in case.model().parameters())
+    examples = sum(a.numel() * a.element_size() for pair in case.data() for a in pair)
+    return 2 * 4 * parameters + examples
+
+
+def launches_of_a_layer(case: Case) -> float:
+    """Launches for each linear or norm layer and pass over the network, at most 2 being the aim."""
+    step = meta_step(case)
+    layers = sum(type(m).__name__ in ("Linear", "BatchNorm1d") for m in case.model().modules())
+    passes = 2 * (
+        2 * case.steps + 1
+    )  # forward and backward, plain and dual in each step, plain for the query
+    losses = 2 * case.steps + 1
+    return (len(step.names) - losses) / (layers * passes)
+
+
+def row(case: Case) -> list[str]:
+    step = meta_step(case)
+    least = least_bytes(case)
+    floors = [
+        f"{1e6 * step.flops / fp32 / 1e12:.1f} / {1e6 * step.flops / tf32 / 1e12:.2f} / "
+        f"{1e6 * step.bytes / memory / 1e12:.1f}"
+        for fp32, tf32, memory in DEVICES.values()
+    ]
+    return [
+        case.name, str(len(step.names)), str(step.torch_ops), f"{launches_of_a_layer(case):.2f}",
+        str(eager_ops(case)), f"{step.flops / 1e6:.1f}", f"{step.bytes / 2**20:.1f}", f"{least / 2**20:.2f}",
+        *floors,
+    ]  # fmt: skip
+
+
+HEADER = [
+    "case", "kernels", "torch ops besides", "kernels a layer and pass", "eager grad(vmap) ops", "MFLOP",
+    "MiB moved", "MiB at least", *[f"{name} floors [us]" for name in DEVICES],
+]  # fmt: skip
+
+
+def table(cases: list[Case]) -> str:
+    lines: list[Any] = [
+        "# Counts of a second-order meta-step",
+        "",
+        "By `python -m bench.gpu_counts`. Kernels: launches of the `triton` backend, all in one CUDA graph.",
+        "MiB moved: every tensor of a launch once. Floors: float32 operations / TF32 operations / bytes",
+        "moved. Nothing here was run on a GPU.",
+        "",
+        markdown(HEADER, [row(case) for case in cases]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_counts", description=__doc__)
+    parser.add_argument("cases", nargs="*", default=list(MODELS))
+    parser.add_argument("--out", type=Path, help="where to write the table")
+    args = parser.parse_args()
+    text = table(select(args.cases))
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
