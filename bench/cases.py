@@ -93,6 +93,7 @@ _OMNIGLOT = Case("omniglot-mlp/1-step", "omniglot-mlp", _PIXELS, "cross_entropy"
 CASES = (
     _SINE,
     replace(_SINE, name="sine/1-step", steps=1),
+    replace(_SINE, name="sine/small", group="small", widths=(1, 32, 32, 1)),
     replace(_SINE, name="sine/T1000", tasks=1000),
     _WIDE,
     _POLICY,

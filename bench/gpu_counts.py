@@ -1,9 +1,9 @@
 """Launches, operations and bytes of a meta-step on a GPU, found without one: `python -m bench.gpu_counts`.
 
-For each network: what the `triton` backend would launch, what eager grad(vmap) dispatches counted the same
-way, the operations of the products, the bytes that the launches read and write against those that must be, and
-two floors from datasheets: operations over the peak, and bytes over the bandwidth. No time is predicted: floors
-are what no implementation of these counts can beat.
+For each network: what the `triton` backend would launch, what eager grad(vmap) dispatches counted alike, the
+operations of the products, the bytes that launches move against those that must be moved, and two floors by
+datasheets: operations over the peak, and bytes over the bandwidth. No time is predicted: a floor is what no
+implementation of these counts can beat.
 """
 
 import argparse

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from fastmaml.backends import problem_for
 from fastmaml.backends.engine import Engine
 from fastmaml.backends.request import Functions, Request, Result
+from fastmaml.backends.triton import engine_of
 from fastmaml.losses import resolve
 
 from .cases import Case
@@ -111,15 +112,18 @@ def noted(arch: int | None = None) -> Iterator[Launches]:
         JITFunction.__getitem__ = original  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def meta_step(case: Case, precision: str = "ieee", arch: int | None = None) -> Launches:
-    """The launches of a second-order meta-gradient by the parameters, float32."""
+def meta_step(
+    case: Case, precision: str = "ieee", arch: int | None = None, *, fused: bool = True
+) -> Launches:
+    """The launches of a second-order meta-gradient by the parameters, float32; fused: may it be one kernel
+    where the network is small?"""
     model = case.model()
     support, query = case.data()
     problem = problem_for(model, support[0].shape[2:], resolve(case.loss))
     noted_here: list[Launches] = []
 
     def run(request: Request) -> Result:
-        engine = Engine(kernels, request, precision)
+        engine = engine_of(kernels, request, precision) if fused else Engine(kernels, request, precision)
         engine.load(request)
         with noted(arch) as launches, _Ops(launches):
             engine.run()

@@ -10,9 +10,12 @@ from .cross_entropy import cross_entropy
 from .elementwise import elementwise_backward, elementwise_forward
 from .layer_norm import layer_norm_backward, layer_norm_forward
 from .linear import linear_backward_input, linear_backward_weight, linear_forward
+from .mlp import MOST as MLP_MOST
+from .mlp import mlp
 from .mse import mse
 
 __all__ = [
+    "MLP_MOST",
     "add_backward",
     "add_forward",
     "batch_norm_backward",
@@ -25,6 +28,7 @@ __all__ = [
     "linear_backward_input",
     "linear_backward_weight",
     "linear_forward",
+    "mlp",
     "mse",
     "types",
 ]

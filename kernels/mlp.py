@@ -86,7 +86,7 @@ def mlp_kernel(
     w_ptr,  # [T, P], or [P] shared by all
     lr_ptr,  # [K], or [K, 6]
     scale_ptr,  # [1]: of v
-    kept_ptr,  # [K, T, P]: W_1 .. W_K
+    kept_ptr,  # [K, T, P]: W_0 .. W_{K-1}
     v_ptr,  # [T, P], written where there are parameters
     loss_ptr,  # [T], of the query set
     T,
@@ -140,16 +140,26 @@ def mlp_kernel(
         x_q_ptr + (t * Q + m)[:, None] * I + i[None, :], mask=(m < Q)[:, None] & (i < I)[None, :], other=0.0
     )
 
+    each_step = (t * 0 + T) * P
+    kept_ptr += t * P
     for k in range(K):
+        if WANTS_GRAD and not FIRST_ORDER:
+            kept = kept_ptr + k * each_step
+            store_matrix(kept + at_w1, w1, i, h, I, H)
+            store_matrix(kept + at_w2, w2, h, g, H, G)
+            store_matrix(kept + at_w3, w3, g, o, G, O)
+            tl.store(kept + at_b1 + h, b1, mask=h < H)
+            tl.store(kept + at_b2 + g, b2, mask=g < G)
+            tl.store(kept + at_b3 + o, b3, mask=o < O)
         z1, h1 = hidden(x, w1, b1, h, H, ACT, ATTR, PRECISION)
         z2, h2 = hidden(h1, w2, b2, g, G, ACT, ATTR, PRECISION)
         z3 = product(h2, w3, PRECISION) + b3[None, :]
-        d3, _ = loss_tile(
+        d3, _s = loss_tile(
             z3, z3, y_s_ptr, weight_s_ptr, t, n, N, o, O, CLASSES, SMOOTHING, WEIGHT_S, False, BLOCK_N
         )
-        f2, _ = slopes(z2 if READS_INPUT else h2, ACT, ATTR)
+        f2, s2 = slopes(z2 if READS_INPUT else h2, ACT, ATTR)
         d2 = tl.where((g < G)[None, :], f2 * product(d3, tl.trans(w3), PRECISION), 0.0)
-        f1, _ = slopes(z1 if READS_INPUT else h1, ACT, ATTR)
+        f1, s1 = slopes(z1 if READS_INPUT else h1, ACT, ATTR)
         d1 = tl.where((h < H)[None, :], f1 * product(d2, tl.trans(w2), PRECISION), 0.0)
         w1 -= rate(lr_ptr, k, 0, PER_TENSOR) * product(tl.trans(x), d1, PRECISION)
         b1 -= rate(lr_ptr, k, 1, PER_TENSOR) * tl.sum(d1, 0)
@@ -157,46 +167,35 @@ def mlp_kernel(
         b2 -= rate(lr_ptr, k, 3, PER_TENSOR) * tl.sum(d2, 0)
         w3 -= rate(lr_ptr, k, 4, PER_TENSOR) * product(tl.trans(h2), d3, PRECISION)
         b3 -= rate(lr_ptr, k, 5, PER_TENSOR) * tl.sum(d3, 0)
-        if WANTS_GRAD and not FIRST_ORDER:
-            kept = kept_ptr + (k.to(tl.int64) * T + t) * P
-            store_matrix(kept + at_w1, w1, i, h, I, H)
-            store_matrix(kept + at_w2, w2, h, g, H, G)
-            store_matrix(kept + at_w3, w3, g, o, G, O)
-            tl.store(kept + at_b1 + h, b1, mask=h < H)
-            tl.store(kept + at_b2 + g, b2, mask=g < G)
-            tl.store(kept + at_b3 + o, b3, mask=o < O)
 
-    z1, h1 = hidden(x_q, w1, b1, h, H, ACT, ATTR, PRECISION)
-    z2, h2 = hidden(h1, w2, b2, g, G, ACT, ATTR, PRECISION)
-    z3 = product(h2, w3, PRECISION) + b3[None, :]
-    d3, loss = loss_tile(
-        z3, z3, y_q_ptr, weight_q_ptr, t, m, Q, o, O, CLASSES, SMOOTHING, WEIGHT_Q, False, BLOCK_Q
+    zq1, hq1 = hidden(x_q, w1, b1, h, H, ACT, ATTR, PRECISION)
+    zq2, hq2 = hidden(hq1, w2, b2, g, G, ACT, ATTR, PRECISION)
+    zq3 = product(hq2, w3, PRECISION) + b3[None, :]
+    dq3, loss = loss_tile(
+        zq3, zq3, y_q_ptr, weight_q_ptr, t, m, Q, o, O, CLASSES, SMOOTHING, WEIGHT_Q, False, BLOCK_Q
     )
     tl.store(loss_ptr + t, loss)
     if WANTS_GRAD:
         scale = tl.load(scale_ptr)
-        d3 *= scale
-        f2, _ = slopes(z2 if READS_INPUT else h2, ACT, ATTR)
-        d2 = tl.where((g < G)[None, :], f2 * product(d3, tl.trans(w3), PRECISION), 0.0)
-        f1, _ = slopes(z1 if READS_INPUT else h1, ACT, ATTR)
-        d1 = tl.where((h < H)[None, :], f1 * product(d2, tl.trans(w2), PRECISION), 0.0)
-        v1, c1 = product(tl.trans(x_q), d1, PRECISION), tl.sum(d1, 0)
-        v2, c2 = product(tl.trans(h1), d2, PRECISION), tl.sum(d2, 0)
-        v3, c3 = product(tl.trans(h2), d3, PRECISION), tl.sum(d3, 0)
+        dq3 *= scale
+        fq2, _2 = slopes(zq2 if READS_INPUT else hq2, ACT, ATTR)
+        dq2 = tl.where((g < G)[None, :], fq2 * product(dq3, tl.trans(w3), PRECISION), 0.0)
+        fq1, _1 = slopes(zq1 if READS_INPUT else hq1, ACT, ATTR)
+        dq1 = tl.where((h < H)[None, :], fq1 * product(dq2, tl.trans(w2), PRECISION), 0.0)
+        v1, c1 = product(tl.trans(x_q), dq1, PRECISION), tl.sum(dq1, 0)
+        v2, c2 = product(tl.trans(hq1), dq2, PRECISION), tl.sum(dq2, 0)
+        v3, c3 = product(tl.trans(hq2), dq3, PRECISION), tl.sum(dq3, 0)
         if not FIRST_ORDER:
+            tl.debug_barrier()  # what other threads of the program have stored is read
             for back in range(K):
                 k = K - 1 - back
-                # W_k: theta before the first step
-                from_theta = k == 0
-                kept = kept_ptr + ((k - 1).to(tl.int64) * T + t) * P
-                at = tl.where(from_theta, 0, 1).to(tl.int64)
-                base = w_ptr if from_theta else kept
-                w1 = load_matrix(base + at_w1, i, h, I, H)
-                w2 = load_matrix(base + at_w2, h, g, H, G)
-                w3 = load_matrix(base + at_w3, g, o, G, O)
-                b1 = load_vector(base + at_b1, h, H)
-                b2 = load_vector(base + at_b2, g, G)
-                b3 = load_vector(base + at_b3, o, O)
+                kept = kept_ptr + k * each_step
+                w1 = load_matrix(kept + at_w1, i, h, I, H)
+                w2 = load_matrix(kept + at_w2, h, g, H, G)
+                w3 = load_matrix(kept + at_w3, g, o, G, O)
+                b1 = load_vector(kept + at_b1, h, H)
+                b2 = load_vector(kept + at_b2, g, G)
+                b3 = load_vector(kept + at_b3, o, O)
                 u1, u2, u3 = (
                     v1 * rate(lr_ptr, k, 0, PER_TENSOR),
                     v2 * rate(lr_ptr, k, 2, PER_TENSOR),
@@ -214,10 +213,10 @@ def mlp_kernel(
                 z3 = product(h2, w3, PRECISION) + b3[None, :]
                 t_z3 = product(t_h2, w3, PRECISION) + (c3 * rate(lr_ptr, k, 5, PER_TENSOR))[None, :]
                 t_z3 = dot(h2, u3, t_z3, PRECISION)
-                d3, _ = loss_tile(
+                d3, _s = loss_tile(
                     z3, z3, y_s_ptr, weight_s_ptr, t, n, N, o, O, CLASSES, SMOOTHING, WEIGHT_S, False, BLOCK_N
                 )
-                t_d3, _ = loss_tile(
+                t_d3, _t = loss_tile(
                     z3,
                     t_z3,
                     y_s_ptr,
@@ -261,30 +260,31 @@ def mlp_kernel(
         tl.store(v_ptr + at_b3 + o, c3, mask=o < O)
 
 
-MOST = 64  # of the widths and the examples of a set: what registers hold
+# What registers hold without spilling, in float32 and with 8 warps: examples of a set, numbers of an input or
+# an output, width of a hidden layer. Hidden layers 64 wide spilled 1.3 to 3 KiB a thread.
+MOST = {"examples": 16, "ends": 16, "hidden": 32}
 
 
 def mlp(
     support, query, w, lr, scale, kept, v, loss, widths: tuple[int, int, int, int], places: tuple[int, ...],
     act: Activation, *, classes: bool, smoothing: float, steps: int, first_order: bool,
-    precision: str = "ieee",
 ) -> None:  # fmt: skip
     """loss [T] of the query set after `steps` steps, and v = scale times the meta-gradient, flat [T, P].
 
     support, query: (x [T, N, I], target, weight or None); w [T, P] or [1, P]; lr [K, 1] or [K, 6]; scale [1]
-    kept: [K, T, P], written over; v: None if it is not wanted; widths: of the input, two hidden layers, output
+    kept: [K, T, P], written over; v: None if it is not wanted; widths: input, two hidden layers, output
     places: of the weight and bias of each layer in the flat vector
     """
     (x_s, y_s, weight_s), (x_q, y_q, weight_q) = support, query
     T, N, Q = x_s.shape[0], x_s.shape[1], x_q.shape[1]
     I, H, G, O = widths
     P = w.shape[1]
-    names = {"N": N, "Q": Q, "I": I, "H": H, "G": G, "O": O}
+    sizes = {"N": N, "Q": Q, "I": I, "H": H, "G": G, "O": O}
     mlp_kernel[(T,)](
         x_s, y_s, weight_s, x_q, y_q, weight_q, w, lr, scale, kept, v, loss,
         T, N, Q, steps, I, H, G, O, P, P if len(w) > 1 else 0, *places,
         WANTS_GRAD=v is not None, FIRST_ORDER=first_order, PER_TENSOR=lr.shape[1] > 1,
         CLASSES=classes, SMOOTHING=smoothing, WEIGHT_S=weight_s is not None, WEIGHT_Q=weight_q is not None,
-        ACT=act.name, ATTR=act.attr, READS_INPUT=act.reads_input, PRECISION=precision, num_warps=8,
-        **{f"BLOCK_{name}": power_of_two(size, 16, MOST) for name, size in names.items()},
+        ACT=act.name, ATTR=act.attr, READS_INPUT=act.reads_input, PRECISION="ieee", num_warps=8,
+        **{f"BLOCK_{name}": power_of_two(size, 16, MOST["hidden"]) for name, size in sizes.items()},
     )  # fmt: skip

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import fastmaml
 from fastmaml import functional, reference
-from fastmaml.backends import backends, problem_for, triton
+from fastmaml.backends import backends, problem_for, small_mlp, triton
+from fastmaml.backends.engine import Engine
 from fastmaml.losses import MSE, CrossEntropy
 
 pytest.importorskip("triton")
@@ -97,6 +98,32 @@ def test_random_programs() -> None:
 def test_models(model: nn.Module, loss: Any, sizes: tuple[int, ...], first_order: bool) -> None:
     T, N, Q, steps = sizes
     check(case_of(model, loss, T, N, Q, steps, first_order=first_order))
+
+
+@pytest.mark.parametrize("loss", [MSE(), CrossEntropy(0.1)], ids=["mse", "cross_entropy"])
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.GELU, nn.Sigmoid])
+def test_one_program_a_task(act: Any, loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a small network whose meta-gradient by the parameters alone is wanted"""
+    runs = []
+    monkeypatch.setattr(small_mlp.SmallMlp, "load", lambda e, q: (runs.append(1), Engine.load(e, q)))
+    for number, (lr, first_order) in enumerate([(0.1, False), (0.1, True), (None, False)]):
+        case = case_of(
+            mlp(3, 20, 17, 4, act=act), loss, 3, 5 + 10 * (number == 0), 6, 3, first_order=first_order
+        )
+        for x, _ in (case.support, case.query):
+            x.requires_grad_(False)
+        names = case.params
+        case.lr = lr or {n: torch.rand((), dtype=torch.float64) / 10 for n in names}
+        if number == 2:
+            weights = torch.rand(3, 5, dtype=torch.float64) + 0.1
+            case = replace(case, support=(case.support[0], (case.support[1], weights)))
+        if GPU:
+            case = case.to(torch.float32)
+            case.model.float()
+        truth = _everything(meta_loss, reference, case, {})
+        actual = _everything(meta_loss, functional, on_device(case), {"backend": "triton"})
+        assert all(error(actual[n].cpu(), truth[n]) <= (1e-4 if GPU else 1e-13) for n in truth)
+    assert len(runs) == 3
 
 
 def test_float32_is_as_accurate_as_the_reference() -> None:

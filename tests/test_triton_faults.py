@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 import test_kernels
+import test_triton
 import torch
+from cases import error
+from test_random_programs import _everything, meta_loss
+
+from fastmaml import functional, reference
+from fastmaml.backends import triton
+from fastmaml.losses import MSE
 
 pytest.importorskip("triton")
 KERNELS = Path(importlib.import_module("fastmaml.kernels").__file__ or "").parent
@@ -36,6 +43,27 @@ def losses(loss: str, dual: bool, weighted: bool = True):
     return lambda: test_kernels.test_losses(loss, (3, 5, 5), weighted, dual)
 
 
+def small_mlp(own: bool):
+    """The kernel of whole inner loops in the place of the backend's own, against the reference"""
+
+    def test() -> None:
+        case = test_triton.case_of(test_triton.mlp(3, 20, 17, 4, act=torch.nn.Sigmoid), MSE(), 3, 5, 6, 3)
+        for x, _ in (case.support, case.query):
+            x.requires_grad_(False)
+        case.lr = 0.5
+        if own:
+            grown = {n: p.detach().expand(3, *p.shape).clone() for n, p in case.params.items()}
+            case.params = {n: p.mul_(torch.rand_like(p)).requires_grad_() for n, p in grown.items()}
+        truth = _everything(meta_loss, reference, case, {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton, "kernels", lambda: test_kernels.kernels)
+            actual = _everything(meta_loss, functional, case, {"backend": "triton"})
+        assert all(error(actual[n], truth[n]) <= 1e-13 for n in truth)
+
+    return test
+
+
+small, small_own = small_mlp(False), small_mlp(True)
 forward, backward = layers("linear", "forward", False), layers("linear", "backward", False)
 t_forward, t_backward = layers("linear", "forward", True), layers("linear", "backward", True)
 norm, t_norm = (layers("batch_norm", "backward", dual) for dual in (False, True))
@@ -65,6 +93,12 @@ FAULTS = [
     ("linear.py", "if ADD:", "if False:", backward),
     ("linear.py", "if STORE_Z:\n            tl.store(z_ptr", "if False:\n            tl.store(z_ptr", layers("linear", "forward", False, silu)),
     ("norm.py", "tl.store(statistics_ptr + 3, along, mask=group_mask)", "pass", layers("batch_norm", "forward", True)),
+    # the whole inner loop in one kernel
+    ("mlp.py", "t_z2 = dot(h1, u2, t_z2, PRECISION)", "pass", small),
+    ("mlp.py", "kept_ptr + k * each_step\n            store_matrix(kept + at_w1", "kept_ptr\n            store_matrix(kept + at_w1", small),
+    ("mlp.py", "w_ptr += t * w_stride", "w_ptr += t * 0", small_own),
+    ("mlp.py", "t_d1 += s1 * t_z1 * e1", "pass", small),
+    ("mlp.py", "return z, tl.where((o < O)[None, :], activate(z, ACT, ATTR), 0.0)", "return z, activate(z, ACT, ATTR)", small),
     # a wrong formula
     ("tiles.py", "if SIGN < 0:", "if False:", backward),
     ("silu.py", "t * (2.0 + z * (1.0 - 2.0 * s))", "t * (1.0 + z * (1.0 - 2.0 * s))", layers("elementwise", "backward", True, silu)),

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..losses import MSE, CrossEntropy
 from .engine import Engine
 from .request import Examples, Functions, Request, Result
+from .small_mlp import SmallMlp, fits
 
 if TYPE_CHECKING:
     from . import Problem
@@ -66,13 +67,19 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
     return None
 
 
+def engine_of(passes: ModuleType, request: Request, precision: str = "ieee") -> Engine:
+    """What runs a request: one program a task where that fits, sweeps over all tasks else."""
+    kind = SmallMlp if fits(passes, request, precision) else Engine
+    return kind(passes, request, precision)
+
+
 class _Recorded:
     """An engine and, from the second call on, the graph that runs it."""
 
     def __init__(self, request: Request) -> None:
         passes = kernels()
         assert isinstance(passes, ModuleType)
-        self.engine = Engine(passes, request)
+        self.engine = engine_of(passes, request)
         self.graph: Any = None
         self.calls = 0
         self.lock = threading.Lock()  # one call at a time in its buffers
