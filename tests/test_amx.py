@@ -89,6 +89,43 @@ def test_planted_fault_is_caught(objects: Path, tmp_path: Path, file: str, text:
     assert run(tmp_path / "test").returncode != 0, f"not caught: {fault or 'without ' + text}"
 
 
+here = pytest.mark.skipif(cpu.isa() != "amx", reason="no AMX here, or FASTMAML_ISA rules it out")
+
+# prints a checksum of a meta-gradient for each dtype and number of threads
+MEASURE = """
+import hashlib, torch
+from fastmaml import functional
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(150, 130), torch.nn.ReLU(), torch.nn.Linear(130, 70))
+tasks = [(torch.randn(13, n, 150), torch.randn(13, n, 70)) for n in (5, 9)]
+for dtype in (torch.float32, torch.float64):
+    model.to(dtype)
+    sums = set()
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        loss, grads = functional.meta_value_and_grad(
+            model, dict(model.named_parameters()), *[(x.to(dtype), y.to(dtype)) for x, y in tasks],
+            loss="mse", lr=0.1, steps=2, fast_weights="factored", backend="cpu")
+        flat = torch.cat([loss.view(1), *(g.flatten() for g in grads.values())])
+        sums.add(hashlib.sha256(flat.numpy().tobytes()).hexdigest())
+    print(*sums)
+"""
+
+
+@here
+def test_float32_is_made_on_it_the_same_for_any_threads() -> None:
+    found = {}
+    for isa in ("amx", "avx512"):
+        env = os.environ | {"FASTMAML_ISA": isa}
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE], env=env, capture_output=True, text=True, check=True
+        )
+        found[isa] = [line.split() for line in done.stdout.splitlines()]
+        assert [len(sums) for sums in found[isa]] == [1, 1]
+    assert found["amx"][0] != found["avx512"][0]
+    assert found["amx"][1] == found["avx512"][1]
+
+
 # in the place of libc's
 REFUSE = """
 #define _GNU_SOURCE
@@ -103,8 +140,7 @@ long syscall(long n, long a, long b, long c, long d, long e, long f) {
 """
 
 
-@pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
-@pytest.mark.skipif(cpu.isa() != "amx", reason="this machine or system has no AMX")
+@here
 def test_a_system_that_forbids_it(tmp_path: Path) -> None:
     (tmp_path / "refuse.c").write_text(REFUSE)
     library = tmp_path / "refuse.so"

@@ -2,7 +2,8 @@
 
 #include <atomic>
 
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#if defined(__x86_64__) && defined(__linux__) && \
+    (__has_include(<amxbf16intrin.h>) || (defined(__clang__) && __has_include(<amxintrin.h>)))
 #  include <cpuid.h>
 #  include <immintrin.h>
 #  include <sys/syscall.h>
