@@ -78,7 +78,8 @@ format: setup $(V)/.dev
 	$(V)/bin/ruff format .
 	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
-# The C++ tests drive the engine, csrc/cpu, without torch: its variant for 16-byte vectors, once per sanitizer.
+# The C++ tests drive the engine, csrc/cpu, without torch: its variant for 16-byte vectors, and the products on
+# the matrix unit, once per sanitizer.
 SANITIZE_asan := -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZE_tsan := -fsanitize=thread
 CPP_BINARIES := $(foreach s,asan tsan,$(addprefix build/$(s)/,$(CPP_TESTS)))
@@ -88,7 +89,7 @@ define sanitizer
 build/$(1)/%.o: csrc/cpu/%.cpp $(CSRC)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CPP_FLAGS) $$(SANITIZE_$(1)) -c $$< -o $$@
-build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(patsubst %,build/$(1)/%.o,isa_generic arena)
+build/$(1)/%: tests/cpp/%.cpp $(wildcard tests/cpp/*.h) $(patsubst %,build/$(1)/%.o,isa_generic arena amx)
 	$$(CXX) $$(CPP_FLAGS) $$(SANITIZE_$(1)) $$< $$(filter %.o,$$^) -o $$@
 .PRECIOUS: build/$(1)/%.o
 endef

@@ -311,7 +311,7 @@ static PyObject* isa(PyObject*, PyObject*) {
   }
 }
 static PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "The instruction set that the kernels run on: avx512, avx2 or generic."},
+    {"isa", isa, METH_NOARGS, "The instruction set that the kernels run on: amx, avx512, avx2 or generic."},
     {nullptr, nullptr, 0, nullptr}};
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -1,5 +1,6 @@
 """The `cpu` backend on every instruction set that this machine has, on sizes of many kinds."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fastmaml.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")
 FLAGS = {"generic": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512dq", "avx512vl"}}
+FLAGS["amx"] = FLAGS["avx512"] | {"avx512bw", "amx_tile", "amx_bf16"}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -33,7 +35,7 @@ def ask(code: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 
 # widths, examples of the support and query set: few and many rows; panels of 1 to 5 vectors, and what is left
-# over; long rows, which are taken a piece at a time
+# over; long rows, which are taken a piece at a time; what is wide enough for a matrix unit
 SIZES = [
     ((8, 40, 300, 3), 80, 3),
     ((8, 300, 17, 3), 80, 3),
@@ -42,6 +44,8 @@ SIZES = [
     ((1, 40, 40, 1), 10, 10),
     ((20, 100, 90, 7), 25, 12),
     ((33, 17, 50, 21), 40, 9),
+    ((90, 300, 133, 65), 17, 9),
+    ((1100, 70, 100, 5), 12, 5),
 ]
 
 
@@ -75,14 +79,20 @@ def check() -> None:
             assert off["ours32"] <= 2 * off["theirs32"] + 16 * EPS, (widths, form, off)
 
 
+def has(isa: str) -> bool:
+    """Does this machine have it, and does the system let a process use it?"""
+    if not FLAGS[isa] <= machine_flags():
+        return False
+    request_permission, tile_data = 0x1023, 18
+    return isa != "amx" or ctypes.CDLL(None).syscall(158, request_permission, tile_data) == 0
+
+
 @pytest.mark.parametrize("isa", FLAGS)
 def test_meta_gradients(isa: str) -> None:
     done = ask("import fastmaml._C; print(fastmaml._C.isa())", isa)
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() != isa:
-        assert not FLAGS[isa] <= machine_flags(), (
-            f"this machine has {isa}, but {done.stdout.strip()} was chosen"
-        )
+        assert not has(isa), f"this machine has {isa}, but {done.stdout.strip()} was chosen"
         pytest.skip(f"this machine has {done.stdout.strip()} at most")
     done = ask("import test_instruction_sets; test_instruction_sets.check()", isa)
     assert done.returncode == 0, done.stderr
@@ -91,4 +101,4 @@ def test_meta_gradients(isa: str) -> None:
 def test_unknown_name() -> None:
     done = ask("import fastmaml; fastmaml.backends()", "sse9")
     assert done.returncode != 0
-    assert "ValueError: FASTMAML_ISA must be generic, avx2 or avx512, got sse9" in done.stderr
+    assert "ValueError: FASTMAML_ISA must be generic, avx2, avx512 or amx, got sse9" in done.stderr

@@ -72,7 +72,7 @@ FAULTS = [
     ("call.h", "|| !q.step_weights.empty()", ""),
     ("worker.h", "if (slot.uses == 0 || !plan.program.params[i].adapt)\n          std::memcpy", "if (slot.uses == 0)\n          std::memcpy"),
     ("inner_loop.h", "for (int64_t j = 1; j < parts.sets; ++j)", "for (int64_t j = 2; j < parts.sets; ++j)"),
-    ("inner_loop.h", "const bool first = begin == 0 && !add;", "const bool first = begin == 0;"),
+    ("outer_products.h", "const bool first = begin == 0 && !add;", "const bool first = begin == 0;"),
     ("inner_loop.h", "if (!q.per_task) finish(0, round > 0);", "if (!q.per_task) finish(0, false);"),
     ("call.h", "packed.emplace(size * sizeof(T));\n", "packed.emplace(size * sizeof(T));\n    return;\n"),
     # a dropped term of v, or of W
@@ -95,9 +95,9 @@ FAULTS = [
     ("factored.h", "nt<T, 1>(q, n, &f_q, query_gram + g * q * ld_gram", "if (g == 0) nt<T, 1>(q, n, &f_q, query_gram + g * q * ld_gram"),
     ("worker.h", "s.grams = q.grad_lr || q.grad_x_s;", "s.grams = q.grad_lr;"),
     ("factored.h", "inner(gram(Side::d, false, g) + later, gram(Side::x, true, g) + later, rows)", "inner(gram(Side::d, false, g) + later, gram(Side::x, false, g) + later, rows)"),
-    ("factored.h", "from[k * row + (c + j) * step]", "from[k * row + (c + j) * row]"),
-    ("factored.h", "if (k > 0) part.add = true;", ""),
-    ("factored.h", "if (end < K) part.act = false", "if (false) part.act = false"),
+    ("packed.h", "from[k * row + (c + j) * step]", "from[k * row + (c + j) * row]"),
+    ("packed.h", "if (k > 0) part.add = true;\n      if (end < K)", "if (end < K)"),
+    ("packed.h", "if (end < K) part.act = false", "if (false) part.act = false"),
     ("worker.h", "p.grad(b)[i] *= -p.grad_scale;", "p.grad(b)[i] *= p.grad_scale;"),
 ]  # fmt: skip
 

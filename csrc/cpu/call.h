@@ -131,7 +131,8 @@ struct Call {
     for (const OpPlan& o : plan.ops) {
       if (o.form == Form::dense) continue;
       const Param& p = plan.program.params[o.op.w];
-      size += Packed<T>::size(p.I, p.O) + (o.form == Form::factored ? Packed<T>::size(p.O, p.I) : 0);
+      size += Packed<T>::size(on_amx(o, p.I, p.O), p.I, p.O);
+      if (o.form == Form::factored) size += Packed<T>::size(on_amx(o, p.O, p.I), p.O, p.I);
     }
     packed.emplace(size * sizeof(T));
     T* at = static_cast<T*>(packed->data());
@@ -141,8 +142,8 @@ struct Call {
       const Param& p = plan.program.params[o.op.w];
       const T* const w = static_cast<const T*>(q.params[o.op.w]);
       auto pack = [&](int64_t rows, int64_t columns, int64_t row, int64_t step) {
-        const Packed<T> to{rows, columns, at};
-        at += Packed<T>::size(rows, columns);
+        const Packed<T> to{rows, columns, on_amx(o, rows, columns), at};
+        at += Packed<T>::size(to.on_amx, rows, columns);
         column_panels<T>(columns, [&](auto vectors, int64_t c) {
           panels.push_back({to, c, vectors * lanes<T>, w, row, step});
         });
@@ -158,6 +159,11 @@ struct Call {
       const Panel& p = panels[i];
       p.to.fill(p.c, p.width, p.from, p.row, p.step);
     });
+  }
+
+  // for products with most of the rows of a call, however many threads share these
+  bool on_amx(const OpPlan& o, int64_t rows, int64_t columns) const {
+    return Packed<T>::uses_amx(q.T * (K > 0 ? N : Q) * plan.program.buffers[o.op.in0].R, rows, columns);
   }
 
   // both: numbers in a sum over tasks, 0 for none. A factored program's thread has 80 rows for its product

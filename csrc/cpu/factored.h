@@ -18,64 +18,11 @@
 //   x W_k^T = x theta^T + (x x_s^T) e_k,   x_s u^T = -a_k ((x_q x_s^T)^T d_q + (x_s x_s^T) f_k),
 //   v_k = -(d_q^T x_q + f_{k-1}^T x_s),    x theta^T and the Grams once for all steps.
 #pragma once
-#include "arena.h"
 #include "linear.h"
+#include "packed.h"
 #include "parallel.h"
 
 namespace fastmaml::FASTMAML_ISA {
-
-// A matrix [K, columns] cut into the panels of columns that nn_panel takes, each contiguous.
-template <class T>
-struct Packed {
-  int64_t K, columns;
-  T* data;
-
-  static int64_t size(int64_t K, int64_t columns) { return K * round_up(columns, lanes<T>); }
-
-  // the panel of columns c .. c + width of from[k * row + column * step]
-  void fill(int64_t c, int64_t width, const T* from, int64_t row, int64_t step) const {
-    T* const panel = data + K * c;
-    const int64_t some = std::min(width, columns - c);
-    for (int64_t k0 = 0; k0 < K; k0 += 16)
-      for (int64_t j = 0; j < width; ++j)
-        for (int64_t k = k0; k < std::min(k0 + 16, K); ++k)
-          panel[k * width + j] = j < some ? from[k * row + (c + j) * step] : T(0);
-  }
-
-  // C = e(A this) for A [M, K], without a bias. A block of A that fits in L2 meets every panel; a piece of a
-  // panel that fits in L1 meets all rows of the block before the next.
-  void times(int64_t M, const T* a, int64_t lda, T* C, int64_t ldc, const Activate<T>& e) const {
-    const int64_t deep = (K + 1023) / 1024, fit = std::max<int64_t>((768 << 10) * deep / (K * sizeof(T)), 1),
-                  high = (M + fit - 1) / fit;
-    for (int64_t i = 0; i < deep; ++i) {
-      const int64_t k = K * i / deep, k_end = K * (i + 1) / deep;
-      for (int64_t j = 0; j < high; ++j) {
-        const int64_t m = M * j / high, rows = M * (j + 1) / high - m;
-        Activate<T> end = e;
-        if (e.mask) end.mask += m * e.ld_mask;
-        column_panels<T>(columns, [&](auto vectors, int64_t c) {
-          panel<vectors>(rows, k, k_end, a + m * lda, lda, c, C + m * ldc, ldc, end);
-        });
-      }
-    }
-  }
-
- private:
-  template <int vectors>
-  void panel(int64_t M, int64_t k_begin, int64_t k_end, const T* a, int64_t lda, int64_t c, T* C, int64_t ldc,
-             const Activate<T>& e) const {
-    constexpr int64_t width = vectors * lanes<T>, most = (32 << 10) / (width * sizeof(T));
-    const int64_t deep = k_end - k_begin, pieces = (deep + most - 1) / most;
-    for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t k = k_begin + deep * i / pieces, end = k_begin + deep * (i + 1) / pieces;
-      Activate<T> part = e;
-      if (k > 0) part.add = true;
-      if (end < K) part.act = false, part.mask = nullptr;
-      const Factors<T> f{a + k, lda, 1, data + K * c + k * width - c, width, end - k};
-      nn_panel<T, nn_rows<vectors>, vectors, 1>(M, &f, 1, c, C, ldc, part);
-    }
-  }
-};
 
 template <class T>
 struct Theta {

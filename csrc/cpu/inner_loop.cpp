@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "amx.h"
 #include "request.h"
 
 namespace fastmaml {
@@ -13,14 +14,16 @@ void run_avx512(const Request&);
 std::string isa() {
   static const std::string name = [] {
     const char* const wanted = std::getenv("FASTMAML_ISA");
-    const std::string most = wanted && *wanted ? wanted : "avx512";
-    if (most != "generic" && most != "avx2" && most != "avx512")
-      throw std::invalid_argument("FASTMAML_ISA must be generic, avx2 or avx512, got " + most);
+    const std::string most = wanted && *wanted ? wanted : "amx";
+    if (most != "generic" && most != "avx2" && most != "avx512" && most != "amx")
+      throw std::invalid_argument("FASTMAML_ISA must be generic, avx2, avx512 or amx, got " + most);
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (most == "avx512" && avx2 && avx512) return "avx512";
+    const bool wide = avx2 && avx512 && (most == "avx512" || most == "amx");
+    if (wide && most == "amx" && amx::enable()) return "amx";
+    if (wide) return "avx512";
     if (most != "generic" && avx2) return "avx2";
 #endif
     return "generic";
@@ -30,7 +33,7 @@ std::string isa() {
 
 void run(const Request& request) {
 #if defined(__x86_64__)
-  if (isa() == "avx512") return run_avx512(request);
+  if (isa() == "avx512" || isa() == "amx") return run_avx512(request);  // which multiplies on it
   if (isa() == "avx2") return run_avx2(request);
 #endif
   run_generic(request);

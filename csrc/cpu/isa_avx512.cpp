@@ -11,6 +11,7 @@
 #  include <optional>
 #  include <utility>
 
+#  include "amx.h"
 #  include "arena.h"
 #  include "parallel.h"
 #  include "request.h"

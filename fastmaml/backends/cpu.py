@@ -48,7 +48,7 @@ def available() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set of the kernels: avx512, avx2 or generic, at most FASTMAML_ISA if that is set."""
+    """The instruction set of the kernels: amx, avx512, avx2, generic; at most FASTMAML_ISA if that is set."""
     return _C.isa() if _C is not None else "none"
 
 
