@@ -1,6 +1,6 @@
 // The factored layers of a worker's tasks, of either form, and the sweeps that go through them.
 #pragma once
-#include "call.h"
+#include "descent.h"
 #include "fixed_input.h"
 #include "sweep.h"
 
@@ -27,18 +27,23 @@ struct Layers {
 
   int64_t size(std::size_t op) const {
     const OpPlan& o = plan.ops[op];
-    const int64_t R = plan.program.buffers[o.op.in0].R, L = c.side_by_side;
-    if (o.form == Form::factored) return L * FactoredLayer<T>::size(c.N * R, c.Q * R, c.K);
+    const int64_t R = plan.program.buffers[o.op.in0].R, L = c.side_by_side, B = c.query_steps.size();
     if (o.form == Form::dense) return 0;
-    return FixedInputLayer<T>::size(c.N * R, c.Q * R, plan.ld[o.op.out], c.group, L);
+    // a vector more, for loads that begin at the last block of the last Gram
+    if (o.form == Form::factored) return L * FactoredLayer<T>::size(c.N * R, c.Q * R, c.K, B) + lanes<T>;
+    return FixedInputLayer<T>::size(c.N * R, c.Q * R, plan.ld[o.op.out], c.group, L, c.q.plain, once());
   }
+  // the products of x with theta are read before there is a v, and no more after it
+  bool once() const { return c.q.plain && c.q.step_weights.empty(); }
   void make(std::size_t op, T* memory) {
     const OpPlan& o = plan.ops[op];
     const int64_t R = plan.program.buffers[o.op.in0].R;
-    if (o.form == Form::factored) factored[op].emplace(o, c.thetas[op], c.N * R, c.Q * R, c.K, memory);
+    if (o.form == Form::factored)
+      factored[op].emplace(o, c.thetas[op], c.N * R, c.Q * R, c.K, c.query_steps.size(), c.side_by_side,
+                           memory);
     if (o.form == Form::fixed_input)
       fixed_input[op].emplace(o, c.thetas[op], c.N * R, c.Q * R, plan.ld[o.op.out], c.group, c.side_by_side,
-                              memory);
+                              c.q.plain, once(), Descent<T>(c).clips(), memory);
   }
 
   // For the tasks of a group, whose x are rows of two matrices.
@@ -73,14 +78,52 @@ struct Layers {
       for (const Pass<T>& p : s.tasks) run_op<Dual, Forward>(o, p);
   }
 
-  // dL/da_k -= v_{k+1} g_k
-  void add_lr_grad(const Sweep<T>& s, int64_t k, int64_t task, T* at) const {
+  // f(layer, op) for those whose weight adapts
+  template <class F>
+  void each(const F& f) {
     for (std::size_t i = plan.ops.size(); i-- > 0;) {
-      const OpPlan& o = plan.ops[i];
-      if (o.form == Form::dense || !plan.program.params[o.op.w].adapt) continue;
-      at[c.S == 1 ? 0 : o.op.w] += T(factored[i] ? factored[i]->lr_grad(k, task, c.q.first_order)
-                                                 : fixed_input[i]->lr_grad(s, k, task));
+      if (plan.ops[i].form == Form::dense || !plan.program.params[plan.ops[i].op.w].adapt) continue;
+      if (factored[i])
+        f(*factored[i], plan.ops[i].op);
+      else
+        f(*fixed_input[i], plan.ops[i].op);
     }
+  }
+  template <class F>
+  void each_fixed_input(const F& f) {
+    for (auto& layer : fixed_input)
+      if (layer) f(*layer);
+  }
+
+  // dL/da_k -= v_{k+1} M_{k+1}
+  void add_lr_grad(const Sweep<T>& s, int64_t k, int64_t task, T* at) {
+    each([&](auto& layer, const Op& op) {
+      at[c.S == 1 ? 0 : op.w] += T(layer.lr_grad(s, k, task, c.q.first_order));
+    });
+  }
+  // |g_k|^2 and <g_k, n_{k+1}>
+  double square(const Sweep<T>& s, int64_t task) {
+    double total = 0;
+    each([&](auto& layer, const Op&) { total += layer.square(s, task); });
+    return total;
+  }
+  double along(const Sweep<T>& s, int64_t k, int64_t task) {
+    double total = 0;
+    each([&](auto& layer, const Op&) { total += layer.along(s, k, task); });
+    return total;
+  }
+  void descend(const Sweep<T>& s, int64_t task) {
+    each_fixed_input([&](auto& layer) { layer.descend(s, task); });
+  }
+  void rewind(const Sweep<T>& s, int64_t k, int64_t task) {
+    each_fixed_input([&](auto& layer) { layer.rewind(s, k, task); });
+  }
+  void step_back(const Sweep<T>& s, int64_t k, int64_t task) {
+    each_fixed_input([&](auto& layer) { layer.step_back(s, k, task); });
+  }
+  void finish(const Sweep<T>& s, int64_t task) {
+    for (auto& layer : factored)
+      if (layer && layer->by.decays()) layer->finish(s, task, !c.keep || c.q.first_order);
   }
 
   // How many there are in the gradient of a factored weight, and one of them times -1: of `tasks` tasks from

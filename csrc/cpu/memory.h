@@ -8,13 +8,14 @@ template <class T>
 struct Memory {
   const Call<T>& c;
   const Plan& plan;
-  const int64_t P, N, Q, K, L, ld0;   // L: tasks side by side; ld0: of an example
-  const int64_t frames, weight_sets;  // of the steps: frames, W_k of a task
-  const int64_t frame, t_frame;       // floats of a step's frames
+  const int64_t P, N, Q, K, L, ld0;                     // L: tasks side by side; ld0: of an example
+  const int64_t frames, weight_sets;                    // of the steps: frames, W_k of a task
+  const int64_t frame, t_frame, q_frame, query_frames;  // floats of a step's frames, of a query set's; those
   const Places support_places, query_places;
   std::optional<Arena> arena;
   T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
   T *stored_m, *segment_m, *n;  // M_k, as W_k; dL/dM
+  T *scaled, *product;          // scratch of the factored layers
   bool dual, prepared = false;  // are there tangents?
 
   explicit Memory(const Call<T>& call)
@@ -33,13 +34,15 @@ struct Memory {
         weight_sets(c.keep ? (K + c.every - 1) / c.every + 1 : 2),
         frame(plan.frame_size(N, L)),
         t_frame(plan.side_by_side ? frame : plan.frame_size(std::max(N, Q), 1)),
+        q_frame(plan.frame_size(Q, L)),
+        query_frames(plan.side_by_side ? c.query_steps.size() : 1),  // they are what v has
         support_places(plan, N, L),
         query_places(plan, Q, L),
         dual(c.keep || c.q.tail == Tail::curvature) {
     const int64_t kept = L * weight_sets * P, more = c.keep ? L * (c.every - 1) * P : 0;
     const int64_t tangents = !dual ? 0 : plan.side_by_side ? frames * t_frame : t_frame;
     std::vector<std::pair<T**, int64_t>> parts = {{&support_frames, frames * frame},
-                                                  {&query_frame, plan.frame_size(Q, L)},
+                                                  {&query_frame, query_frames * q_frame},
                                                   {&tangent_frames, tangents},
                                                   {&x_s, K > 0 ? c.group * N * ld0 : 0},
                                                   {&x_q, c.group * Q * ld0},
@@ -52,6 +55,16 @@ struct Memory {
       parts.push_back({&g, P});
     else
       parts.insert(parts.end(), {{&g, L * P}, {&stored_m, kept}, {&segment_m, more}, {&n, L * P}});
+    int64_t of_scaled = 0, of_product = 0;
+    for (const OpPlan& o : plan.ops) {
+      if (o.form != Form::factored) continue;
+      const int64_t R = plan.program.buffers[o.op.in0].R, B = c.query_steps.size();
+      of_scaled = std::max(of_scaled, FactoredLayer<T>::scaled_size(N * R, Q * R, K, B));
+      if (c.q.weight_decay != 0)
+        of_product =
+            std::max(of_product, L * std::max(N, Q) * R * std::max(plan.ld[o.op.in0], plan.ld[o.op.out]));
+    }
+    parts.insert(parts.end(), {{&scaled, of_scaled}, {&product, of_product}});
     int64_t total = 0;
     for (const auto& [_, size] : parts) total += round_up(size, 16);
     arena.emplace(total * sizeof(T));
@@ -70,7 +83,7 @@ struct Memory {
                           at + f * stride + examples * (half * plan.per_example + plan.before[b]));
     };
     clear(support_frames, L * N, frames, frame);
-    clear(query_frame, L * Q, 1, 0);
+    clear(query_frame, L * Q, query_frames, q_frame);
     if (plan.side_by_side) clear(tangent_frames, L * N, c.keep ? frames : 0, t_frame);
     if (!plan.side_by_side && dual) std::memset(tangent_frames, 0, t_frame * sizeof(T));  // of either set
     if (K > 0) clear_padding(0, c.group * N, x_s);
@@ -107,11 +120,12 @@ struct Memory {
             weights_at(k, task)};
   }
   Pass<T> query_pass(int64_t k, int64_t task, int64_t offset) const {
+    const int64_t i = std::find(c.query_steps.begin(), c.query_steps.end(), k) - c.query_steps.begin();
     return {plan,
             Q,
             query_places.of(task),
             x_q + (offset + task) * Q * ld0,
-            carve_frame(plan, query_places, task, query_frame),
+            carve_frame(plan, query_places, task, query_frame + i % query_frames * q_frame),
             carve_frame(plan, query_places, task, tangent_frames),
             weights_at(k, task)};
   }

@@ -28,8 +28,9 @@ struct Worker {
   T *const v, *const u, *const g, *const n;  // of all tasks
   std::vector<Pass<T>> first, query;
   Sweep<T> s;
-  std::vector<Sums<T>> sums;  // where the caller puts those of a group
-  int64_t t = 0, count = 0;   // the tasks of the sweeps now: the first, how many
+  std::vector<T> c_k, slope_k, along_g;  // of clipping: [tasks, K] each, [tasks]
+  std::vector<Sums<T>> sums;             // where the caller puts those of a group
+  int64_t t = 0, count = 0;              // the tasks of the sweeps now: the first, how many
 
   explicit Worker(const Call<T>& call)
       : c(call),
@@ -49,7 +50,13 @@ struct Worker {
         sums(c.group) {
     for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(c.side_by_side);
     s.first = &first, s.query = &query, s.frame = memory.frame, s.t_frame = memory.t_frame, s.K = K;
-    s.grams = q.grad_lr || q.grad_x_s;
+    s.query_frame = memory.q_frame, s.query_steps = c.query_steps;
+    s.own_grams = descent.clips() && c.keep && !q.first_order;
+    s.inner = c.keep && (q.grad_lr || s.own_grams);
+    s.grams = s.inner || q.grad_x_s;
+    s.scaled = memory.scaled, s.product = memory.product;
+    if (descent.clips()) c_k.resize(c.side_by_side * K), slope_k = c_k, along_g.resize(c.side_by_side);
+    s.c = descent.clips() ? c_k.data() : nullptr, s.along_g = descent.clips() ? along_g.data() : nullptr;
   }
 
   // a sweep over all tasks side by side, after k steps on the support set
@@ -89,10 +96,17 @@ struct Worker {
     }
     layers.template backward<false>(s);
     for (int64_t task = 0; task < count && !q.plain; ++task) {
-      clear_unused(g + task * P);
-      descent.descend(s.tasks[task].w, memory.momenta(k, task), g + task * P, memory.momenta(k + 1, task));
+      T* const g_t = g + task * P;
+      clear_unused(g_t);
+      if (descent.clips()) {
+        const auto by = descent.clip(descent.dot(g_t, g_t) + layers.square(s, task));
+        c_k[task * K + k] = by.c, slope_k[task * K + k] = by.slope;
+      }
+      descent.descend(s.tasks[task].w, memory.momenta(k, task), g_t, s.clip(task, k),
+                      memory.momenta(k + 1, task));
       descent.step(k, s.tasks[task].w, memory.momenta(k + 1, task), memory.weights(k + 1, task));
     }
+    for (int64_t task = 0; task < count; ++task) layers.descend(s, task);
     if (!q.plain) return;
     for (const Pass<T>& p : s.tasks)
       for (int64_t i = 0; i < c.n_params(); ++i) {  // what no gradient reaches stays as it is
@@ -127,7 +141,7 @@ struct Worker {
     T* const at = sums[task].grad_lr + k * c.lr_size();
     layers.add_lr_grad(s, k, task, at);
     T* const m = u + task * P;
-    if (!q.plain) descent.descend(s.tasks[task].w, memory.momenta(k, task), g, m);
+    if (!q.plain) descent.descend(s.tasks[task].w, memory.momenta(k, task), g, s.clip(task, k), m);
     descent.subtract_products(v + task * P, q.plain ? g : m, at);
   }
 
@@ -141,8 +155,14 @@ struct Worker {
       });
     }
     for (int64_t task = 0; task < count && !q.plain; ++task) {
-      descent.step_back(k, v + task * P, n + task * P);
-      if (second_order) descent.along(g + task * P, n + task * P, u + task * P);
+      T *const n_t = n + task * P, *const g_t = g + task * P;
+      descent.step_back(k, v + task * P, n_t);
+      layers.step_back(s, k, task);
+      if (!second_order) continue;
+      const T slope = descent.clips() ? slope_k[task * K + k] : T(0);
+      const T e = slope == 0 ? T(0) : T(-slope * (descent.dot(g_t, n_t) + layers.along(s, k, task)));
+      if (descent.clips()) along_g[task] = e;
+      descent.along(g_t, n_t, s.clip(task, k), e, u + task * P);
     }
     if (!second_order) return false;
     set_support_sweep(k);
@@ -312,7 +332,7 @@ struct Worker {
       first.clear(), query.clear();
       for (int64_t task = 0; task < count; ++task) {
         first.push_back(memory.support_pass(0, task, s.offset)),
-            query.push_back(memory.query_pass(K, task, s.offset));
+            query.push_back(memory.query_pass(c.query_steps[0], task, s.offset));
         layers.begin(task, first[task].x, query[task].x);
       }
     }
@@ -336,8 +356,11 @@ struct Worker {
       if ((k + 1) % c.every == 0 && k + 1 < K)  // a segment whose activations were written over
         for (int64_t j = k + 1 - c.every; j <= k; ++j) inner_step(j);
       added = adjoint_step(k, sums);
-      if (at_steps && k > 0) query_tails(k);
+      if (!at_steps || k == 0) continue;
+      for (int64_t task = 0; task < count; ++task) layers.rewind(s, k, task);
+      query_tails(k);
     }
+    for (int64_t task = 0; task < count && q.grads; ++task) layers.finish(s, task);
     for (int64_t task = 0; task < count && q.grads && !added; ++task)
       add_up(sums[task].grads, v + task * P, P, sums[task].add);
   }
