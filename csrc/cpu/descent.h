@@ -25,6 +25,9 @@ struct Descent {
   explicit Descent(const Call<T>& call) : c(call), plan(call.plan), q(call.q) {}
 
   bool clips() const { return !q.plain && max_norm < std::numeric_limits<T>::infinity(); }
+  bool clips_back() const { return clips() && c.keep && !q.first_order; }
+  // are inner products with v and n wanted?
+  bool meets() const { return c.keep && (q.grad_lr || clips_back()); }
   const T* lr(int64_t k) const { return static_cast<const T*>(q.lr) + k * c.S; }
   bool adapts(int64_t i) const { return plan.program.params[i].adapt; }
 

@@ -109,8 +109,9 @@ struct FactoredLayer {
     return (1 + std::max(n, q)) * gram_ld(n, K) + (2 * n * K + q * B + n) * round_up(n, lanes<T>);
   }
 
+  // met: tasks whose inner products are wanted
   FactoredLayer(const OpPlan& o, const Theta<T>& theta, int64_t n, int64_t q, int64_t K, int64_t B,
-                int64_t tasks, T* memory)
+                int64_t met, T* memory)
       : o(o),
         theta(theta),
         by(theta.by),
@@ -121,7 +122,7 @@ struct FactoredLayer {
         K(K),
         grams(memory),
         products(3 * K + B + 1),
-        inner(tasks * (B + K) * (K + 1)) {}
+        inner(met * (B + K) * (K + 1)) {}
 
   // y x_j^T for all rows y of all steps [K n, ld]; y: x or t_x, d or t_d
   T* gram(Side side, bool tangent, int64_t g) const {

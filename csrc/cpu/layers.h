@@ -39,8 +39,8 @@ struct Layers {
     const OpPlan& o = plan.ops[op];
     const int64_t R = plan.program.buffers[o.op.in0].R;
     if (o.form == Form::factored)
-      factored[op].emplace(o, c.thetas[op], c.N * R, c.Q * R, c.K, c.query_steps.size(), c.side_by_side,
-                           memory);
+      factored[op].emplace(o, c.thetas[op], c.N * R, c.Q * R, c.K, c.query_steps.size(),
+                           Descent<T>(c).meets() ? c.side_by_side : 0, memory);
     if (o.form == Form::fixed_input)
       fixed_input[op].emplace(o, c.thetas[op], c.N * R, c.Q * R, plan.ld[o.op.out], c.group, c.side_by_side,
                               c.q.plain, once(), Descent<T>(c).clips(), memory);

@@ -51,8 +51,7 @@ struct Worker {
     for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(c.side_by_side);
     s.first = &first, s.query = &query, s.frame = memory.frame, s.t_frame = memory.t_frame, s.K = K;
     s.query_frame = memory.q_frame, s.query_steps = c.query_steps;
-    s.own_grams = descent.clips() && c.keep && !q.first_order;
-    s.inner = c.keep && (q.grad_lr || s.own_grams);
+    s.own_grams = descent.clips_back(), s.inner = descent.meets();
     s.grams = s.inner || q.grad_x_s;
     s.scaled = memory.scaled, s.product = memory.product;
     if (descent.clips()) c_k.resize(c.side_by_side * K), slope_k = c_k, along_g.resize(c.side_by_side);
