@@ -3,6 +3,9 @@
 Their derivatives are drawn in test_random_programs.py.
 """
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,19 +158,30 @@ def test_bad_input() -> None:
     for bad in ({"momentum": -0.1}, {"weight_decay": float("inf")}, {"max_grad_norm": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SGD(**bad)
-    with pytest.raises(TypeError, match="momentum must be a number"):
-        SGD(momentum="0.9")  # pyright: ignore[reportArgumentType]
     model, params, support, query = problem()
     sgd = torch.optim.SGD(model.parameters())
-    with pytest.raises(TypeError, match=r"fastmaml\.SGD or None"):
-        functional.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=1, optimizer=sgd)
+    for f in (functional, reference):
+        with pytest.raises(TypeError, match=r"fastmaml\.SGD or None, got torch\.optim\.sgd\.SGD"):
+            f.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=1, optimizer=sgd)
+        with pytest.raises(ValueError, match="a number for each of 2 steps, got 1"):
+            f.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=2, step_weights=[1.0])
     with pytest.raises(ValueError, match="a number for each of 2 steps, got 3"):
         MAML(model, loss="mse", lr=0.1, steps=2, step_weights=[1.0, 1.0, 1.0])
     for weights, error in (
         (torch.ones(2, requires_grad=True), ValueError),
         ([torch.ones((), requires_grad=True), 1.0], ValueError),
-        ("ab", TypeError),
+        ("12", TypeError),
+        (["1", "2"], TypeError),
         (0.5, TypeError),
+        (torch.tensor(0.5), TypeError),
+        (np.array(0.5), TypeError),
+        (torch.ones(2, 2), TypeError),
+        ([1.0, 2j], TypeError),
+        ([1.0, True], TypeError),
+        ({0: 1.0, 1: 1.0}, TypeError),
+        ([1.0, float("nan")], ValueError),
+        ([1.0, float("inf")], ValueError),
+        ([1.0, 10**400], ValueError),
     ):
         with pytest.raises(error, match="step_weights"):
             functional.meta_loss(
@@ -175,3 +189,41 @@ def test_bad_input() -> None:
             )
     with pytest.raises(ValueError, match="a number for each of 0 steps"):
         MAML(model, loss="mse", lr=0.1, steps=0, step_weights=[])
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ("0.9", TypeError),
+        (True, TypeError),
+        (0.5j, TypeError),
+        (np.array([0.5]), TypeError),
+        (float("nan"), ValueError),
+        (10**400, ValueError),
+        (torch.tensor(0.5, requires_grad=True), ValueError),
+    ],
+)
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "max_grad_norm"])
+def test_what_is_no_number(name: str, bad, error) -> None:
+    with pytest.raises(error, match=name):
+        SGD(**{name: bad})
+
+
+def test_numbers_of_any_kind() -> None:
+    halves: list[Any] = [np.float32(0.5), np.array(0.5), torch.tensor(0.5)]
+    for half in halves:
+        assert SGD(half, half, half) == SGD(0.5, 0.5, 0.5)
+    model, params, *sets = problem()
+    wanted = call("meta_loss", "torch", model, params, *sets, steps=2, step_weights=[0.5, 2.0])
+    for weights in (np.array([0.5, 2]), [np.float32(0.5), np.int64(2)], torch.tensor([0.5, 2]), (0.5, 2)):
+        found = call("meta_loss", "torch", model, params, *sets, steps=2, step_weights=weights)
+        assert torch.equal(found, wanted)
+
+
+def test_maml_keeps_its_own_weights() -> None:
+    model, _, support, query = problem()
+    weights = [0.5, 2.0]
+    maml = MAML(model, loss="mse", lr=0.3, steps=2, step_weights=weights)
+    before = maml(*support, *query)
+    weights[0] = 100.0
+    assert torch.equal(maml(*support, *query), before)
