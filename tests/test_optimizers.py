@@ -136,7 +136,8 @@ def test_clipping_at_zero_gradient_and_by_infinity(backend: str, form: str) -> N
             torch.testing.assert_close(grads[n], truth[n])
 
 
-def test_the_norm_of_factors_whose_examples_cancel() -> None:
+def nearly_fitted() -> tuple[nn.Linear, Tensor, Tensor]:
+    """The gradient is far less than that of each example."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     x, y = torch.randn(1, 20, 4), 100 * torch.randn(1, 20, 2)
@@ -144,6 +145,11 @@ def test_the_norm_of_factors_whose_examples_cancel() -> None:
     with torch.no_grad():
         model.weight.copy_(best[:4].T + 1e-2 * torch.randn(2, 4))
         model.bias.copy_(best[4])
+    return model, x, y
+
+
+def test_the_norm_of_factors_whose_examples_cancel() -> None:
+    model, x, y = nearly_fitted()
     w = call(
         "inner_loop", "torch", model, dict(model.named_parameters()), x, y,
         steps=1, optimizer=SGD(max_grad_norm=1e-3), fast_weights={"weight": "factored"},
@@ -152,6 +158,19 @@ def test_the_norm_of_factors_whose_examples_cancel() -> None:
     bias = (w["bias"][0] - model.bias).detach().double()
     norm = ((d.T @ rows).square().sum() + bias.square().sum()).sqrt()
     assert abs(float(norm) / (0.3 * 1e-3) - 1) < 0.02
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_step_of_factors_as_long_as_it_is_clipped_to(backend: str) -> None:
+    model, x, y = nearly_fitted()
+    model.bias.requires_grad_(False)
+    x_q = 1e4 * torch.eye(4)[None]
+    with torch.no_grad():
+        query = x_q, model(x_q)
+    how = {"steps": 1, "optimizer": SGD(max_grad_norm=1e-3), "fast_weights": "factored"}
+    loss = call("meta_loss", backend, model, dict(model.named_parameters()), (x, y), query, **how)
+    # the mean of 8 squares of 1e4 (W_1 - W_0), whose norm is 0.3 * 1e-3
+    assert abs((8 * loss.item()) ** 0.5 / (1e4 * 0.3 * 1e-3) - 1) < 0.02
 
 
 def test_bad_input() -> None:
