@@ -243,8 +243,6 @@ Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor
   b.set_rule(rule);
   STD_TORCH_CHECK(step_weights.empty() || static_cast<int64_t>(step_weights.size()) == steps,
                   "step_weights must hold a number for each step");
-  STD_TORCH_CHECK(factored.empty() || (b.q.plain && step_weights.empty()),
-                  "factored weights have no rule and no step_weights here");
   b.q.step_weights = step_weights;
   b.factor(factored);
   b.q.first_order = first_order, b.q.checkpoint_every = checkpoint_every;

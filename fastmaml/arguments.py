@@ -1,7 +1,6 @@
 """What a public function is given, checked once before any work, and put into the form that backends take."""
 
-from collections.abc import Mapping, Sequence
-from types import NoneType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor
 
 from .backends import Problem
 from .losses import MSE, CrossEntropy
-from .optimizers import SGD
 
 Target = tuple[Tensor, Tensor | None]  # target, weight
 
@@ -21,30 +19,6 @@ def check_count(name: str, value: int | None, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def update_rule(optimizer: SGD | None) -> tuple[float, ...]:
-    """SGD.rule, () for None."""
-    if not isinstance(optimizer, (SGD, NoneType)):
-        raise TypeError(f"optimizer must be a fastmaml.SGD or None, got {type(optimizer).__name__}")
-    return optimizer.rule if optimizer else ()
-
-
-def loss_weights(step_weights: Sequence[float] | Tensor | None, steps: int) -> tuple[float, ...]:
-    """Of the query losses after steps 1, .., `steps`; () where only the last counts, as it is."""
-    if step_weights is None:
-        return ()
-    if not isinstance(step_weights, (Sequence, Tensor)):
-        raise TypeError(f"step_weights must be a sequence of numbers, got {type(step_weights).__name__}")
-    if any(isinstance(w, Tensor) and w.requires_grad for w in (step_weights, *step_weights)):
-        raise ValueError("step_weights have no derivative here: detach them, or use fastmaml.reference")
-    try:
-        weights = tuple(map(float, step_weights))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"step_weights must be numbers, got {step_weights!r}") from error
-    if len(weights) != steps or not weights:
-        raise ValueError(f"step_weights must hold a number for each of {steps} steps, got {len(weights)}")
-    return () if weights == (*[0.0] * (steps - 1), 1.0) else weights
 
 
 def check_x(name: str, x: Tensor) -> Tensor:  # [T, N, *example]

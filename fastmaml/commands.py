@@ -76,6 +76,10 @@ def default_name(args: argparse.Namespace) -> str:
 
 def maml(args: argparse.Namespace, model: torch.nn.Module, loss: str) -> fastmaml.MAML:
     steps = args.inner_steps
+    if args.every_step and steps == 0:
+        raise UsageError(
+            "--every-step needs --inner-steps of 1 or more: there is no step to have a loss after"
+        )
     return fastmaml.MAML(
         model,
         loss=loss,
@@ -83,7 +87,7 @@ def maml(args: argparse.Namespace, model: torch.nn.Module, loss: str) -> fastmam
         steps=steps,
         first_order=args.first_order,
         optimizer=fastmaml.SGD(args.inner_momentum, args.inner_weight_decay, args.inner_clip),
-        step_weights=[1 / steps] * steps if args.every_step and steps else None,
+        step_weights=[1 / steps] * steps if args.every_step else None,
         backend=args.backend,
     )
 

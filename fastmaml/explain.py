@@ -9,6 +9,7 @@ from . import forms
 from .arguments import check_count
 from .backends import BACKENDS, Problem, problem_for
 from .losses import resolve
+from .optimizers import SGD, counted_weights, update_rule
 from .program import Op, Program
 
 
@@ -26,6 +27,8 @@ def explain(
     *,
     steps: int | None = None,
     queries: int | None = None,
+    optimizer: SGD | None = None,
+    step_weights: Any = None,
     fast_weights: Any = None,
 ) -> Explanation:
     """The layer ops with shapes and parameters, the backend that backend=None takes, and why not each other.
@@ -34,7 +37,7 @@ def explain(
 
     x: [T, N, *example], as for the functions of fastmaml.functional; its values are not looked at
     loss: as there; without one, what is said holds for `apply`
-    queries: query examples of a task (default: N); fast_weights: as for meta_loss
+    queries: query examples of a task (default: N); optimizer, step_weights, fast_weights: as for meta_loss
     """
     if not isinstance(x, Tensor) or x.dim() < 2:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -45,7 +48,8 @@ def explain(
         check_count("steps", steps, 0)
         check_count("queries", queries, 1)
         T, N = x.shape[:2]
-        sizes = forms.Sizes(T, N, queries or N, steps)
+        losses = forms.query_losses(counted_weights(step_weights, steps))
+        sizes = forms.Sizes(T, N, queries or N, steps, losses, bool(update_rule(optimizer)))
         lines += ["", *_form_lines(problem, sizes, fast_weights)]
     return Explanation("\n".join(lines))
 
@@ -104,7 +108,11 @@ def _backend_lines(problem: Problem, x: Tensor) -> list[str]:
 def _form_lines(problem: Problem, sizes: forms.Sizes, fast_weights: Any) -> list[str]:
     none_own = (False,) * len(problem.names)
     factored = forms.choose(problem, sizes, none_own, False, fast_weights)
-    lines = [f"fast weights in meta_loss: T={sizes.T} N={sizes.N}, {sizes.Q} query examples, {sizes.K} steps"]
+    more = f", losses after {sizes.losses} of them" if sizes.losses > 1 else ""
+    more += ", an optimizer" if sizes.optimizer else ""
+    lines = [
+        f"fast weights in meta_loss: T={sizes.T} N={sizes.N}, {sizes.Q} query examples, {sizes.K} steps{more}"
+    ]
     rows = []
     known = forms.layers(problem)
     side_by_side = any(layer.weight in factored and not layer.fixed_input for layer in known)

@@ -48,7 +48,9 @@ def inner_loop(
         w.dim() > len(s) and not isinstance(w, FactoredWeight)
         for w, s in zip(ws, problem.shapes, strict=True)
     )
-    asked = factored_weights(problem, (T, N, N, K), own, S, fast_weights) if fast_weights else ()
+    asked = (
+        factored_weights(problem, (T, N, N, K, 1, bool(rule)), own, S, fast_weights) if fast_weights else ()
+    )
     parts = [
         torch_factored.inner_loop(
             BACKENDS["torch"], problem, of_tasks(problem, ws, some), lr, x[some],

@@ -75,12 +75,19 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a meta-step: tasks, support and query examples of each, inner steps."""
+    """Of a meta-step: tasks, support and query examples of each, inner steps, query losses on these."""
 
     T: int
     N: int
     Q: int
     K: int
+    losses: int = 1  # of the weights after how many of the steps
+    optimizer: bool = False  # has SGD momentum, weight decay or clipping?
+
+
+def query_losses(step_weights: tuple[float, ...]) -> int:
+    """Sizes.losses of what backends are given"""
+    return 1 + sum(w != 0 for w in step_weights[:-1])
 
 
 def layers(problem: "Problem") -> list[LinearLayer]:
@@ -168,29 +175,34 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
 
     Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads.
     Another machine has other nanoseconds, but much the same ratios. Query examples, of which those runs had
-    few, count alike in both forms: a task has rows enough of them.
+    few, count alike in both forms: a task has rows enough of them. What dense weights pay for an optimizer
+    and for losses on more steps is read off a few runs of each; factored ones pay for the rows of the latter.
     """
     I, O, T, K = layer.I, layer.O, sizes.T, sizes.K
-    N, Q = sizes.N * layer.rows, sizes.Q * layer.rows
+    N, Q, more = sizes.N * layer.rows, sizes.Q * layer.rows, sizes.losses - 1
     IO, together = I * O, max(1.0, min(T / 2, 80 // max(N, 1) + 1))  # tasks that share a product with theta
     if form == "dense":
-        passes = IO * K * (4 if layer.fixed_input else 9)  # over the weights
+        passes = IO * (K * (4 if layer.fixed_input else 9) + 6 * more)  # over the weights
         time = (
-            0.0183 * IO * (4 * N * K + 2 * Q)
+            0.0183 * IO * (4 * N * K + 2 * Q * sizes.losses)
             if layer.fixed_input
-            else IO * (0.0161 * 9 * N * K + 0.012 * 3 * Q)
+            else IO * (0.0161 * 9 * N * K + 0.012 * 3 * Q * sizes.losses)
         )
-        time += 0.0386 * passes + 4.28 * IO / T
+        time += 0.0386 * passes + 4.28 * IO / T + (2.2 * IO * K if sizes.optimizer else 0.0)
         if 4 * IO * (K + 2) > 2**20:
             time += 0.0236 * passes
-        return time + (0.163 * 9 * IO * K if side_by_side and 4 * IO * (K + 2) * together > 2**19 else 0.0)
+        if side_by_side and 4 * IO * (K + 2) * together > 2**19:
+            time += 0.163 * IO * ((21 if sizes.optimizer else 9) * K + 6 * more)
+        return time
     if layer.fixed_input:
-        thin = (N + Q) * N * I + O * (K * N * N + Q * N + K * N * (N + Q))
-        return 0.0115 * IO * 2 * (N + Q) + 0.015 * thin + 1.123 * O * 2 * (N * K + Q) + 3.44 * IO / together
-    thin = 4 * K * N * (I + O) * ((K - 1) * N + Q)
-    rows = (I + O) * (4 * N * K + 2 * Q)
+        thin = (N + Q) * N * I + O * (K * N * N + sizes.losses * Q * N + K * N * (N + Q))
+        rows = O * 2 * (N * K + Q * sizes.losses)
+        return 0.0115 * IO * 2 * (N + Q) + 0.015 * thin + 1.123 * rows + 3.44 * IO / together
+    before = sizes.losses * (K + 1) / 2 if more else K  # steps that the query sets have before them
+    thin = 4 * N * (I + O) * (K * (K - 1) * N + before * Q)
+    rows = (I + O) * (4 * N * K + 2 * Q * sizes.losses)
     return (
-        IO * (0.011 * 6 * N * K + 0.012 * 3 * Q)
+        IO * (0.011 * 6 * N * K + 0.012 * 3 * Q * sizes.losses)
         + 0.02 * thin
         + 0.406 * rows
         + 78 * (K * K + 4 * K)

@@ -21,12 +21,10 @@ from .arguments import (
     check_labels,
     check_shape,
     check_x,
-    loss_weights,
     parameters,
     signature,
     step_sizes,
     target,
-    update_rule,
 )
 from .autograd import (
     Apply,
@@ -34,7 +32,6 @@ from .autograd import (
     MetaLoss,
     ValueAndGrad,
     flat_of,
-    in_kernels,
     no_derivative,
     once,
     over_tasks,
@@ -43,8 +40,9 @@ from .autograd import (
     views_of,
 )
 from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
-from .forms import layers
+from .forms import query_losses
 from .losses import CrossEntropy
+from .optimizers import counted_weights, update_rule
 
 Params = Mapping[str, Tensor]
 
@@ -130,8 +128,7 @@ def meta_loss(
     step_weights: of the query losses after steps 1, .., `steps`, which are added up (MAML++, Antoniou et al.
         2019, arXiv 1810.09502, section 4.1); None: the last one alone
     fast_weights: the form of the linear layers' fast weights, "dense" (a matrix for each task) or "factored"
-        (the rows that make its updates, exact too); a dict weight name -> form; None takes the faster one,
-        or dense weights in the cpu kernels where there is an optimizer or step_weights
+        (the rows that make its updates, exact too); a dict weight name -> form; None takes the faster one
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
@@ -177,7 +174,8 @@ def _enter_meta(
     loop does besides, and the places of the weights that stay factored."""
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
-    loop = steps, first_order, update_rule(optimizer), loss_weights(step_weights, steps), checkpoint_every
+    weights = counted_weights(step_weights, steps)
+    loop = steps, first_order, update_rule(optimizer), weights, checkpoint_every
     (x_s, y_s), (x_q, y_q) = support, query
     seen = None if torch.compiler.is_compiling() else signature(params, x_s, y_s, x_q, y_q)
     if seen:
@@ -189,13 +187,13 @@ def _enter_meta(
                 check_labels("support y", y_s, classes)
                 check_labels("query y", y_q, classes)
             rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
-            known = problem.memo["forms"]  # with fast_weights=None and plain descent, by the shape of lr
-            usual = fast_weights is None and not loop[2] and not loop[3]
-            factored = known.get(rates.shape) if usual else None
+            known = problem.memo["forms"]  # with fast_weights=None
+            key = rates.shape, query_losses(loop[3]), bool(loop[2])
+            factored = known.get(key) if fast_weights is None else None
             if factored is None:
-                factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
-                if usual:
-                    known[rates.shape] = factored
+                factored = _factored(model, problem, loss, rates, x_s, x_q, ws, loop, fast_weights)
+                if fast_weights is None:
+                    known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
     problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
     x_q = check_x("query x", x_q)
@@ -209,19 +207,13 @@ def _enter_meta(
     if seen and tuple(params) == problem.names:
         problem.memo["seen"], problem.memo["forms"] = seen, {}
     rates = step_sizes(problem, lr, steps, x_s)
-    factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
+    factored = _factored(model, problem, loss, rates, x_s, x_q, ws, loop, fast_weights)
     return problem, name, rates, data, ws, loop, factored
 
 
-def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:
-    if not in_kernels(name, loop):
-        if fast_weights is None:
-            return ()
-        if isinstance(fast_weights, Mapping):
-            names = [problem.names[layer.weight] for layer in layers(problem)]
-            fast_weights = dict.fromkeys(names, "dense") | {n: f for n, f in fast_weights.items() if f}
+def _factored(model, problem, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:
     own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
-    sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0]
+    sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0], query_losses(loop[3]), bool(loop[2])
     how = sizes, own, rates.shape[1], fast_weights
     if torch.compiler.is_compiling():
         return factored_weights_of(model, tuple(x_s.shape[2:]), loss, *how)

@@ -1,7 +1,13 @@
-"""The optimizer of the inner loop."""
+"""What the inner loop does besides plain descent: its optimizer, and the weights of losses on every step."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from types import NoneType
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,21 +26,80 @@ class SGD:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-            if not 0 <= value < math.inf:
+            if name == "max_grad_norm" and value is None:
+                continue
+            value = number(name, value)
+            object.__setattr__(self, name, value)  # a float, whatever came
+            if name == "max_grad_norm" and not value > 0:
+                raise ValueError(f"max_grad_norm must be more than 0, got {value}")
+            if name != "max_grad_norm" and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {value}")
-        norm = self.max_grad_norm
-        if norm is not None and (not isinstance(norm, (int, float)) or isinstance(norm, bool)):
-            raise TypeError(f"max_grad_norm must be a number or None, got {norm!r}")
-        if norm is not None and not norm > 0:
-            raise ValueError(f"max_grad_norm must be more than 0, got {norm}")
 
     @property
     def rule(self) -> tuple[float, ...]:
         """(momentum, weight_decay, max_grad_norm or infinity) for the backends; () for plain descent."""
-        most = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
-        rule = float(self.momentum), float(self.weight_decay), most
+        most = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        rule = self.momentum, self.weight_decay, most
         return () if rule == (0.0, 0.0, math.inf) else rule
+
+
+def number(name: str, value: Any) -> float:
+    """A real number of any kind, 0-d arrays and tensors too, as a float."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} has no derivative here: detach it, or use fastmaml.reference")
+    plain = value.item() if getattr(value, "shape", None) == () else value
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        plain = float(plain)
+    except OverflowError:
+        raise ValueError(f"{name} must fit a float, got a number that does not") from None
+    if math.isnan(plain):
+        raise ValueError(f"{name} must be a number, got NaN")
+    return plain
+
+
+def check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, (SGD, NoneType)):
+        kind = type(optimizer)
+        raise TypeError(
+            f"optimizer must be a fastmaml.SGD or None, got {kind.__module__}.{kind.__qualname__}"
+        )
+
+
+def update_rule(optimizer: SGD | None) -> tuple[float, ...]:
+    """SGD.rule, () for None."""
+    check_optimizer(optimizer)
+    return optimizer.rule if optimizer else ()
+
+
+def check_step_weights(step_weights: Any, steps: int) -> None:
+    """Is it None, or something that holds one item for each step?"""
+    if step_weights is None:
+        return
+    sequence = isinstance(step_weights, Sequence) and not isinstance(step_weights, (str, bytes))
+    if not sequence and not getattr(step_weights, "shape", ()):  # neither an array nor a tensor
+        raise TypeError(f"step_weights must be a sequence of numbers, got {step_weights!r}")
+    if len(step_weights) != steps or steps == 0:
+        raise ValueError(
+            f"step_weights must hold a number for each of {steps} steps, got {len(step_weights)}"
+        )
+
+
+def loss_weights(step_weights: Sequence[float] | Tensor | None, steps: int) -> tuple[float, ...] | None:
+    """step_weights as floats."""
+    check_step_weights(step_weights, steps)
+    if step_weights is None:
+        return None
+    weights = tuple([number(f"step_weights[{i}]", w) for i, w in enumerate(step_weights)])
+    if math.inf in map(abs, weights):
+        raise ValueError(f"step_weights must be finite, got {list(weights)}")
+    return weights
+
+
+def counted_weights(step_weights: Sequence[float] | Tensor | None, steps: int) -> tuple[float, ...]:
+    """The same for the backends: () where only the loss after the last step counts, as it is."""
+    weights = loss_weights(step_weights, steps)
+    return () if weights is None or weights == (*[0.0] * (steps - 1), 1.0) else weights

@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, grad_and_value
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastmaml.losses import resolve
-from fastmaml.optimizers import SGD
+from fastmaml.optimizers import SGD, check_optimizer, check_step_weights
 
 
 def apply(model, params, x, *, backend=None, chunk_tasks=None):
@@ -52,6 +52,7 @@ def meta_loss(
 
     step_weights: of the query losses after steps 1, .., `steps`, which are added up; None: the last one alone
     """
+    check_step_weights(step_weights, steps)
     values = []
     for (p, s), (_, q) in zip(_tasks(model, params, *support), _tasks(model, params, *query), strict=True):
         w = _adapt(model, p, s, loss, lr, steps, first_order, optimizer)
@@ -74,6 +75,7 @@ def meta_value_and_grad(
 
 def _adapt(model, params, data, loss, lr, steps, first_order, optimizer):
     """[W_0, .., W_K] of one task by `fastmaml.SGD`. Parameters that the model has frozen stay as they are."""
+    check_optimizer(optimizer)
     frozen = {n: params[n] for n, p in model.named_parameters() if not p.requires_grad}
     w = {n: p for n, p in params.items() if n not in frozen}
     m = dict.fromkeys(w, 0.0)

@@ -60,6 +60,12 @@ def test_train_with_an_inner_optimizer(sine_run, tmp_path):
     assert results["test"]["loss"] != outcome(sine_run)[1]["test"]["loss"]
 
 
+def test_losses_on_every_step_need_a_step(tmp_path, capsys):
+    more = ["--inner-steps", "0", "--every-step", "--out", str(tmp_path)]
+    assert main(["train", "sine", *SMALL, *more]) == 2
+    assert "--every-step needs --inner-steps of 1 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_resumes_to_the_same_results(sine_run, tmp_path, signum):
     arguments = ["train", "sine", *SMALL, "--out", str(tmp_path)]

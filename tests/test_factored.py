@@ -47,14 +47,19 @@ def test_more_tasks_than_a_round_holds() -> None:
     assert error(found, gradients(functional, model, (support, query), fast_weights="dense")) < 1e-12
 
 
-def test_bitwise_the_same_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"optimizer": fastmaml.SGD(0.9, 0.1, 0.5), "step_weights": [0.5, 0.0, 1.0]}],
+    ids=["plain", "sgd"],
+)
+def test_bitwise_the_same_for_any_number_of_threads(how: dict) -> None:
     model, data = network().float(), [(x.float(), y.float()) for x, y in tasks()]
     many = [tuple(a.repeat(30, 1, 1) for a in pair) for pair in data]
     found, threads = [], torch.get_num_threads()
     try:
         for n in (1, 2, 3, 5, 2):
             torch.set_num_threads(n)
-            found.append(gradients(functional, model, many, fast_weights="factored"))
+            found.append(gradients(functional, model, many, fast_weights="factored", **how))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -138,6 +143,17 @@ def test_wide_layers_are_factored_and_explain_says_so() -> None:
     assert re.search(r"2\.weight +\[40, 40\] +dense", small)
     told = fastmaml.explain(fastmaml_sine(), torch.zeros(25, 10, 1), "mse", steps=5, fast_weights="factored")
     assert re.search(r"2\.weight +\[40, 40\] +factored .* as told", told)
+
+
+def test_explain_counts_the_optimizer_and_the_losses() -> None:
+    x = torch.zeros(32, 5, 784)
+    model = nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 5))
+    how = {"steps": 3, "optimizer": fastmaml.SGD(0.9), "step_weights": [1.0, 0.0, 1.0]}
+    said = fastmaml.explain(model, x, "cross_entropy", **how)
+    assert "3 steps, losses after 2 of them, an optimizer" in said
+    assert said != fastmaml.explain(model, x, "cross_entropy", steps=3)
+    with pytest.raises(ValueError, match="a number for each of 3 steps, got 1"):
+        fastmaml.explain(model, x, "cross_entropy", steps=3, step_weights=[1.0])
 
 
 def fastmaml_sine() -> nn.Module:

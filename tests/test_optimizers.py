@@ -3,6 +3,9 @@
 Their derivatives are drawn in test_random_programs.py.
 """
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,7 +136,8 @@ def test_clipping_at_zero_gradient_and_by_infinity(backend: str, form: str) -> N
             torch.testing.assert_close(grads[n], truth[n])
 
 
-def test_the_norm_of_factors_whose_examples_cancel() -> None:
+def nearly_fitted() -> tuple[nn.Linear, Tensor, Tensor]:
+    """The gradient is far less than that of each example."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     x, y = torch.randn(1, 20, 4), 100 * torch.randn(1, 20, 2)
@@ -141,6 +145,11 @@ def test_the_norm_of_factors_whose_examples_cancel() -> None:
     with torch.no_grad():
         model.weight.copy_(best[:4].T + 1e-2 * torch.randn(2, 4))
         model.bias.copy_(best[4])
+    return model, x, y
+
+
+def test_the_norm_of_factors_whose_examples_cancel() -> None:
+    model, x, y = nearly_fitted()
     w = call(
         "inner_loop", "torch", model, dict(model.named_parameters()), x, y,
         steps=1, optimizer=SGD(max_grad_norm=1e-3), fast_weights={"weight": "factored"},
@@ -151,23 +160,47 @@ def test_the_norm_of_factors_whose_examples_cancel() -> None:
     assert abs(float(norm) / (0.3 * 1e-3) - 1) < 0.02
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_step_of_factors_as_long_as_it_is_clipped_to(backend: str) -> None:
+    model, x, y = nearly_fitted()
+    model.bias.requires_grad_(False)
+    x_q = 1e4 * torch.eye(4)[None]
+    with torch.no_grad():
+        query = x_q, model(x_q)
+    how = {"steps": 1, "optimizer": SGD(max_grad_norm=1e-3), "fast_weights": "factored"}
+    loss = call("meta_loss", backend, model, dict(model.named_parameters()), (x, y), query, **how)
+    # the mean of 8 squares of 1e4 (W_1 - W_0), whose norm is 0.3 * 1e-3
+    assert abs((8 * loss.item()) ** 0.5 / (1e4 * 0.3 * 1e-3) - 1) < 0.02
+
+
 def test_bad_input() -> None:
     for bad in ({"momentum": -0.1}, {"weight_decay": float("inf")}, {"max_grad_norm": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SGD(**bad)
-    with pytest.raises(TypeError, match="momentum must be a number"):
-        SGD(momentum="0.9")  # pyright: ignore[reportArgumentType]
     model, params, support, query = problem()
     sgd = torch.optim.SGD(model.parameters())
-    with pytest.raises(TypeError, match=r"fastmaml\.SGD or None"):
-        functional.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=1, optimizer=sgd)
+    for f in (functional, reference):
+        with pytest.raises(TypeError, match=r"fastmaml\.SGD or None, got torch\.optim\.sgd\.SGD"):
+            f.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=1, optimizer=sgd)
+        with pytest.raises(ValueError, match="a number for each of 2 steps, got 1"):
+            f.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=2, step_weights=[1.0])
     with pytest.raises(ValueError, match="a number for each of 2 steps, got 3"):
         MAML(model, loss="mse", lr=0.1, steps=2, step_weights=[1.0, 1.0, 1.0])
     for weights, error in (
         (torch.ones(2, requires_grad=True), ValueError),
         ([torch.ones((), requires_grad=True), 1.0], ValueError),
-        ("ab", TypeError),
+        ("12", TypeError),
+        (["1", "2"], TypeError),
         (0.5, TypeError),
+        (torch.tensor(0.5), TypeError),
+        (np.array(0.5), TypeError),
+        (torch.ones(2, 2), TypeError),
+        ([1.0, 2j], TypeError),
+        ([1.0, True], TypeError),
+        ({0: 1.0, 1: 1.0}, TypeError),
+        ([1.0, float("nan")], ValueError),
+        ([1.0, float("inf")], ValueError),
+        ([1.0, 10**400], ValueError),
     ):
         with pytest.raises(error, match="step_weights"):
             functional.meta_loss(
@@ -175,3 +208,41 @@ def test_bad_input() -> None:
             )
     with pytest.raises(ValueError, match="a number for each of 0 steps"):
         MAML(model, loss="mse", lr=0.1, steps=0, step_weights=[])
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ("0.9", TypeError),
+        (True, TypeError),
+        (0.5j, TypeError),
+        (np.array([0.5]), TypeError),
+        (float("nan"), ValueError),
+        (10**400, ValueError),
+        (torch.tensor(0.5, requires_grad=True), ValueError),
+    ],
+)
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "max_grad_norm"])
+def test_what_is_no_number(name: str, bad, error) -> None:
+    with pytest.raises(error, match=name):
+        SGD(**{name: bad})
+
+
+def test_numbers_of_any_kind() -> None:
+    halves: list[Any] = [np.float32(0.5), np.array(0.5), torch.tensor(0.5)]
+    for half in halves:
+        assert SGD(half, half, half) == SGD(0.5, 0.5, 0.5)
+    model, params, *sets = problem()
+    wanted = call("meta_loss", "torch", model, params, *sets, steps=2, step_weights=[0.5, 2.0])
+    for weights in (np.array([0.5, 2]), [np.float32(0.5), np.int64(2)], torch.tensor([0.5, 2]), (0.5, 2)):
+        found = call("meta_loss", "torch", model, params, *sets, steps=2, step_weights=weights)
+        assert torch.equal(found, wanted)
+
+
+def test_maml_keeps_its_own_weights() -> None:
+    model, _, support, query = problem()
+    weights = [0.5, 2.0]
+    maml = MAML(model, loss="mse", lr=0.3, steps=2, step_weights=weights)
+    before = maml(*support, *query)
+    weights[0] = 100.0
+    assert torch.equal(maml(*support, *query), before)

@@ -79,8 +79,8 @@ struct Call {
   std::unique_ptr<T[]> minus_lr;        // [K, P] in slots: -a, where it has a number for each element
   std::unique_ptr<double[]> losses;     // [T], where their sum is wanted
   std::optional<Arena> packed;
-  std::vector<Theta<T>> thetas;       // of the factored layers, by op
-  std::vector<std::vector<T>> rates;  // [K] for each
+  std::vector<Theta<T>> thetas;      // of the factored layers, by op
+  std::vector<int64_t> query_steps;  // after which the adjoint has the gradient of the query set
 
   explicit Call(const Request& request)
       : q(request),
@@ -98,6 +98,9 @@ struct Call {
     keep = adjoint && K > 0 && (second_order || q.grad_lr || !q.step_weights.empty() || q.weight_decay != 0);
     scaled = !q.plain || S != 1 || plan.frozen || plan.tied || plan.factored;
     for (char own : q.own) any_own |= own != 0;
+    for (int64_t k = 1; k < K && adjoint; ++k)
+      if (!q.step_weights.empty() && q.step_weights[k - 1] != 0) query_steps.push_back(k);
+    query_steps.push_back(K);
     if (q.total_loss) losses.reset(new double[q.T]);
     theta.reset(new T[plan.P]());
     for (std::size_t i = 0; i < q.params.size(); ++i)
@@ -126,7 +129,6 @@ struct Call {
     };
     std::vector<Panel> panels;
     thetas.resize(plan.ops.size());
-    rates.resize(plan.ops.size());
     int64_t size = 0;
     for (const OpPlan& o : plan.ops) {
       if (o.form == Form::dense) continue;
@@ -149,9 +151,10 @@ struct Call {
         });
         return to;
       };
+      std::vector<T> rates;
       for (int64_t k = 0; k < K; ++k)
-        rates[i].push_back(p.adapt ? static_cast<const T*>(q.lr)[k * S + (S == 1 ? 0 : o.op.w)] : T(0));
-      thetas[i].rates = rates[i].data();
+        rates.push_back(p.adapt ? static_cast<const T*>(q.lr)[k * S + (S == 1 ? 0 : o.op.w)] : T(0));
+      thetas[i].by = Coefficients<T>(std::move(rates), q.momentum, q.weight_decay);
       thetas[i].forward = pack(p.I, p.O, 1, p.I);
       if (o.form == Form::factored) thetas[i].backward = pack(p.O, p.I, p.I, 1);
     }
@@ -178,7 +181,9 @@ struct Call {
           std::min(parts.sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
     if (!plan.factored) return;
     const int64_t steps = plan.side_by_side ? K : 1, MiB = int64_t(1) << 20;
-    const int64_t each = (4 * steps * N * plan.per_example + 2 * Q * plan.per_example + 1) * sizeof(T);
+    const int64_t queries = plan.side_by_side ? query_steps.size() : 1;
+    const int64_t each =
+        (4 * steps * N * plan.per_example + 2 * queries * Q * plan.per_example + 1) * sizeof(T);
     const int64_t wanted = std::min(q.threads * std::max(80 / n + 1, 2 * MiB / each), 256 * MiB / each);
     parts.rounds = std::clamp<int64_t>((q.T + wanted - 1) / std::max<int64_t>(wanted, 1), 1, parts.sets);
     parts.threads = q.threads;

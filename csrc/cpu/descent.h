@@ -25,6 +25,9 @@ struct Descent {
   explicit Descent(const Call<T>& call) : c(call), plan(call.plan), q(call.q) {}
 
   bool clips() const { return !q.plain && max_norm < std::numeric_limits<T>::infinity(); }
+  bool clips_back() const { return clips() && c.keep && !q.first_order; }
+  // are inner products with v and n wanted?
+  bool meets() const { return c.keep && (q.grad_lr || clips_back()); }
   const T* lr(int64_t k) const { return static_cast<const T*>(q.lr) + k * c.S; }
   bool adapts(int64_t i) const { return plan.program.params[i].adapt; }
 
@@ -55,16 +58,15 @@ struct Descent {
   struct Clip {
     T c = 1, slope = 0;
   };
-  Clip clip(const T* g) const {
-    if (!clips()) return {};
-    const double norm = std::sqrt(dot(g, g)), scale = q.max_norm / (norm + 1e-6);
+  // square: |g|^2
+  Clip clip(double square) const {
+    const double norm = std::sqrt(std::max(square, 0.0)), scale = q.max_norm / (norm + 1e-6);
     if (scale >= 1) return {};
     return {T(scale), T(norm > 0 ? -scale / ((norm + 1e-6) * norm) : 0)};
   }
 
   // M_{k+1}; `to` may be m or g
-  void descend(const T* w, const T* m, const T* g, T* to) const {
-    const T scale = clip(g).c;
+  void descend(const T* w, const T* m, const T* g, T scale, T* to) const {
     for (int64_t i = 0; i < c.n_params(); ++i)
       for (int64_t j = plan.slots[i].offset, end = j + plan.slots[i].size(); j < end; ++j)
         to[j] = adapts(i) ? momentum * m[j] + scale * g[j] + weight_decay * w[j] : T(0);
@@ -82,13 +84,11 @@ struct Descent {
         v[j] += weight_decay * n[j];
       });
   }
-  // u with v_k = .. - H u
-  void along(const T* g, const T* n, T* u) const {
-    const Clip by = clip(g);
-    const T more = by.slope == 0 ? T(0) : T(by.slope * dot(g, n));
+  // u = e g - clipped n, with v_k = .. - H u
+  void along(const T* g, const T* n, T clipped, T e, T* u) const {
     for (int64_t i = 0; i < c.n_params(); ++i)
       for (int64_t j = plan.slots[i].offset, end = j + plan.slots[i].size(); j < end; ++j)
-        u[j] = adapts(i) ? -by.c * n[j] - (more == 0 ? T(0) : more * g[j]) : T(0);
+        u[j] = adapts(i) ? -clipped * n[j] + (e == 0 ? T(0) : e * g[j]) : T(0);
   }
   // the same of plain descent: u = a_k v_{k+1}
   void along_plain(int64_t k, const T* v, T* u) const {

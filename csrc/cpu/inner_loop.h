@@ -27,7 +27,7 @@ struct Run {
 
   void run_group(int64_t round, int64_t group, int64_t worker) {
     Worker<T>& w = *workers[worker];
-    w.prepare();
+    w.memory.prepare();
     int64_t set = parts.group(round, group), t = parts.task(set);
     const int64_t last = parts.task(parts.group(round, group + 1));
     T* const own = sums + worker * c.group * both;  // the sum of each task alone
@@ -68,7 +68,7 @@ struct Run {
                              std::min(Products::columns, p.I - i), out, add});
       };
       // the outer products of the tasks from t to end, all of one group
-      const int64_t kinds = workers[0]->outer_products(op);
+      const int64_t kinds = workers[0]->layers.outer_products(op);
       auto collect = [&](int64_t j, int64_t t, int64_t end) {
         const int64_t first = t - parts.task(parts.group(round, j));
         for (int64_t kind = 0; kind < kinds; ++kind) {

@@ -85,6 +85,29 @@ struct Pass {
   }
 };
 
+// A sweep over the tasks side by side, and where the rows of the others are.
+template <class T>
+struct Sweep {
+  std::vector<Pass<T>> tasks;                // of this sweep
+  const std::vector<Pass<T>>*first, *query;  // of step 0, of the first query set that v has
+  int64_t frame, t_frame, query_frame;       // from one frame of a kind to the next
+  int64_t offset, begin;                     // of those side by side in the group; of this sweep's among them
+  int64_t k, K;                              // the steps before this sweep, and all steps
+  std::vector<int64_t> query_steps;          // after which v has the gradient of the query set
+  bool on_query;
+  bool grams;            // are those of d wanted where the gradient of the input is not?
+  bool own_grams;        // and those of a step with itself, for clipping?
+  bool inner;            // are inner products with the gradients g_j wanted?
+  const T *c, *along_g;  // [tasks, K], [tasks]: the coefficients c_j and e_k of clipping; null: 1 and 0
+  T *scaled, *product;   // scratch
+
+  int64_t rows(const OpPlan& o) const { return tasks[0].rows(o.op.in0); }
+  T clip(int64_t g, int64_t j) const { return c ? c[g * K + j] : T(1); }
+  int64_t query_index() const {
+    return std::find(query_steps.begin(), query_steps.end(), k) - query_steps.begin();
+  }
+};
+
 // dst[c] = base[c] + scale * sum_rows (a0 b0 + a1 b1), b null for ones: the gradient of a bias, or of a
 // norm's weight
 template <class T>

@@ -1,8 +1,8 @@
-// A worker's memory and the run of tasks in it.
+// The run of tasks: inner steps, the tail, and the way back.
 #pragma once
-#include "call.h"
 #include "descent.h"
-#include "sweep.h"
+#include "layers.h"
+#include "memory.h"
 
 namespace fastmaml::FASTMAML_ISA {
 
@@ -22,19 +22,15 @@ struct Worker {
   const Plan& plan;
   const Request& q;
   const Descent<T> descent;
-  const int64_t P, N, Q, K, ld0;  // ld0: of an example
-  const Places support_places, query_places;
-  std::optional<Arena> arena;
-  int64_t frames = 0, weight_sets = 0;  // of the steps: frames, W_k of a task
-  T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
-  T *stored_m, *segment_m, *n;  // M_k, as W_k; dL/dM
-  int64_t frame, t_frame;       // floats of a step's frames
-  bool dual, prepared = false;  // are there tangents?
+  const int64_t P, N, Q, K;
+  Memory<T> memory;
+  Layers<T> layers;
+  T *const v, *const u, *const g, *const n;  // of all tasks
   std::vector<Pass<T>> first, query;
   Sweep<T> s;
-  std::vector<std::optional<FactoredLayer<T>>> factored;  // by op
-  std::vector<std::optional<FixedInputLayer<T>>> fixed_input;
-  std::vector<Sums<T>> sums;  // where the caller puts those of a group
+  std::vector<T> c_k, slope_k, along_g;  // of clipping: [tasks, K] each, [tasks]
+  std::vector<Sums<T>> sums;             // where the caller puts those of a group
+  int64_t t = 0, count = 0;              // the tasks of the sweeps now: the first, how many
 
   explicit Worker(const Call<T>& call)
       : c(call),
@@ -45,150 +41,33 @@ struct Worker {
         N(call.N),
         Q(call.Q),
         K(call.K),
-        ld0(plan.program.buffers[0].R * plan.ld[0]),
-        support_places(plan, N, c.side_by_side),
-        query_places(plan, Q, c.side_by_side),
+        memory(call),
+        layers(call),
+        v(memory.v),
+        u(memory.u),
+        g(memory.g),
+        n(memory.n),
         sums(c.group) {
-    const int64_t L = c.side_by_side;
-    frames = K == 0 ? 0 : c.keep ? c.every : plan.side_by_side ? K : 1;
-    weight_sets = c.keep ? (K + c.every - 1) / c.every + 1 : 2;
-    frame = plan.frame_size(N, L);
-    t_frame = plan.side_by_side ? frame : plan.frame_size(std::max(N, Q), 1);
-    dual = c.keep || q.tail == Tail::curvature;
-    std::vector<int64_t> sizes = {frames * frame, plan.frame_size(Q, L),
-                                  !dual               ? 0
-                                  : plan.side_by_side ? frames * t_frame
-                                                      : t_frame,
-                                  K > 0 ? c.group * N * ld0 : 0, c.group * Q * ld0};
-    const std::size_t shared = sizes.size();
-    for (std::size_t i = 0; i < (plan.factored ? plan.ops.size() : 0); ++i) sizes.push_back(layer_size(i));
-    const std::size_t layers = sizes.size();
-    const int64_t kept = L * weight_sets * P, more = c.keep ? L * (c.every - 1) * P : 0;
-    sizes.insert(sizes.end(), {L * P, kept, more, L * P, L * P});
-    if (q.plain)
-      sizes.insert(sizes.end(), {P, 0, 0, 0});
-    else
-      sizes.insert(sizes.end(), {L * P, kept, more, L * P});
-    int64_t total = 0;
-    for (int64_t size : sizes) total += round_up(size, 16);
-    arena.emplace(total * sizeof(T));
-    T* at = static_cast<T*>(arena->data());
-    std::size_t i = 0;
-    auto take = [&] { return std::exchange(at, at + round_up(sizes[i++], 16)); };
-    support_frames = take(), query_frame = take(), tangent_frames = take(), x_s = take(), x_q = take();
-    factored.resize(plan.ops.size()), fixed_input.resize(plan.ops.size());
-    for (std::size_t op = 0; op < layers - shared; ++op) make_layer(op, take());
-    theta_own = take(), stored = take(), segment = take(), v = take(), u = take(), g = take();
-    stored_m = take(), segment_m = take(), n = take();
-    for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(L);
-    s.first = &first, s.query = &query, s.frame = frame, s.t_frame = t_frame, s.K = K,
-    s.grams = q.grad_lr || q.grad_x_s;
+    for (auto* passes : {&first, &query, &s.tasks}) passes->reserve(c.side_by_side);
+    s.first = &first, s.query = &query, s.frame = memory.frame, s.t_frame = memory.t_frame, s.K = K;
+    s.query_frame = memory.q_frame, s.query_steps = c.query_steps;
+    s.own_grams = descent.clips_back(), s.inner = descent.meets();
+    s.grams = s.inner || q.grad_x_s;
+    s.scaled = memory.scaled, s.product = memory.product;
+    if (descent.clips()) c_k.resize(c.side_by_side * K), slope_k = c_k, along_g.resize(c.side_by_side);
+    s.c = descent.clips() ? c_k.data() : nullptr, s.along_g = descent.clips() ? along_g.data() : nullptr;
   }
 
-  int64_t layer_size(std::size_t op) const {
-    const OpPlan& o = plan.ops[op];
-    const int64_t R = plan.program.buffers[o.op.in0].R, L = c.side_by_side;
-    if (o.form == Form::factored) return L * FactoredLayer<T>::size(N * R, Q * R, K);
-    if (o.form == Form::dense) return 0;
-    return FixedInputLayer<T>::size(N * R, Q * R, plan.ld[o.op.out], c.group, L);
-  }
-  void make_layer(std::size_t op, T* memory) {
-    const OpPlan& o = plan.ops[op];
-    const int64_t R = plan.program.buffers[o.op.in0].R;
-    if (o.form == Form::factored) factored[op].emplace(o, c.thetas[op], N * R, Q * R, K, memory);
-    if (o.form == Form::fixed_input)
-      fixed_input[op].emplace(o, c.thetas[op], N * R, Q * R, plan.ld[o.op.out], c.group, c.side_by_side,
-                              memory);
-  }
-
-  // What pads the rows of the frames and of x must be zero: products read it.
-  void prepare() {
-    if (std::exchange(prepared, true)) return;
-    auto clear = [&](T* at, int64_t examples, int64_t frames, int64_t stride) {
-      for (int64_t f = 0; f < frames; ++f)
-        for (int64_t half = 0; half < 2; ++half)  // values and gradients
-          for (std::size_t b = 0; b < plan.ld.size(); ++b)
-            clear_padding(b, examples,
-                          at + f * stride + examples * (half * plan.per_example + plan.before[b]));
-    };
-    const int64_t L = c.side_by_side;
-    clear(support_frames, L * N, frames, frame);
-    clear(query_frame, L * Q, 1, 0);
-    if (plan.side_by_side) clear(tangent_frames, L * N, c.keep ? frames : 0, t_frame);
-    if (!plan.side_by_side && dual) std::memset(tangent_frames, 0, t_frame * sizeof(T));  // of either set
-    if (K > 0) clear_padding(0, c.group * N, x_s);
-    clear_padding(0, c.group * Q, x_q);
-  }
-  void clear_padding(std::size_t b, int64_t examples, T* at) const {
-    const Buffer& buffer = plan.program.buffers[b];
-    const int64_t ld = plan.ld[b], padding = ld - buffer.C;
-    for (int64_t r = 0; r < examples * buffer.R && padding; ++r)
-      std::memset(at + r * ld + buffer.C, 0, padding * sizeof(T));
-  }
-
-  // An op that no parameter precedes has no tangent, and no gradient unless that of x is wanted.
-  template <bool Dual, bool Forward>
-  void run_op_of_all(std::size_t i) {
-    const OpPlan& o = plan.ops[i];
-    if (o.form == Form::factored)
-      Forward ? factored[i]->template forward<Dual>(s) : factored[i]->template backward<Dual>(s);
-    else if (o.form == Form::fixed_input)
-      Forward ? fixed_input[i]->template forward<Dual>(s) : fixed_input[i]->template backward<Dual>(s);
-    else
-      for (const Pass<T>& p : s.tasks) run_op<Dual, Forward>(o, p);
-  }
-  template <bool Dual>
-  void forward() {
-    for (std::size_t i = 0; i < plan.ops.size(); ++i)
-      if (!Dual || plan.ops[i].tangent_out) run_op_of_all<Dual, true>(i);
-  }
-  template <bool Dual>
-  void backward() {
-    for (std::size_t i = plan.ops.size(); i-- > 0;)
-      if (plan.ops[i].tangent_out || s.tasks[0].x_grad) run_op_of_all<Dual, false>(i);
-  }
-
-  // W_k: stored at every `every`-th step, in the current segment else. Without an adjoint two take turns.
-  T* weights(int64_t k, int64_t task) const { return of_step(k, task, stored, segment); }
-  T* momenta(int64_t k, int64_t task) const { return of_step(k, task, stored_m, segment_m); }
-  T* of_step(int64_t k, int64_t task, T* stored, T* segment) const {
-    if (!c.keep) return stored + (task * weight_sets + (k & 1)) * P;
-    if (k % c.every == 0) return stored + (task * weight_sets + k / c.every) * P;
-    return segment + (task * (c.every - 1) + k % c.every - 1) * P;
-  }
-  const T* weights_at(int64_t k, int64_t task) const {
-    if (k > 0) return weights(k, task);
-    return c.any_own ? theta_own + task * P : c.theta.get();
-  }
-
-  Pass<T> support_pass(int64_t k, int64_t task) const {
-    return {plan,
-            N,
-            support_places.of(task),
-            x_s + (s.offset + task) * N * ld0,
-            carve_frame(plan, support_places, task, support_frames + (frames > 1 ? k % frames : 0) * frame),
-            carve_frame(plan, support_places, task, tangent_frames + (plan.side_by_side ? k * t_frame : 0)),
-            weights_at(k, task)};
-  }
-  Pass<T> query_pass(int64_t k, int64_t task) const {
-    return {plan,
-            Q,
-            query_places.of(task),
-            x_q + (s.offset + task) * Q * ld0,
-            carve_frame(plan, query_places, task, query_frame),
-            carve_frame(plan, query_places, task, tangent_frames),
-            weights_at(k, task)};
-  }
   // a sweep over all tasks side by side, after k steps on the support set
   void set_support_sweep(int64_t k) {
     s.tasks.clear();
-    for (int64_t task = 0; task < count; ++task) s.tasks.push_back(support_pass(k, task));
+    for (int64_t task = 0; task < count; ++task) s.tasks.push_back(memory.support_pass(k, task, s.offset));
     s.k = k, s.begin = 0, s.on_query = false;
   }
   // on the query set, over the tasks from `begin` to `end`
   void set_query_sweep(int64_t k, int64_t begin, int64_t end) {
     s.tasks.clear();
-    for (int64_t task = begin; task < end; ++task) s.tasks.push_back(query_pass(k, task));
+    for (int64_t task = begin; task < end; ++task) s.tasks.push_back(memory.query_pass(k, task, s.offset));
     s.k = k, s.begin = begin, s.on_query = true;
   }
 
@@ -204,22 +83,29 @@ struct Worker {
 
   void inner_step(int64_t k) {
     set_support_sweep(k);
-    forward<false>();
+    layers.template forward<false>(s);
     for (int64_t task = 0; task < count; ++task) {
       Pass<T>& p = s.tasks[task];
       loss<false>(p, q.support, t + task);
       p.skip_frozen = true;
-      p.grad_dst = q.plain ? weights(k + 1, task) : g + task * P;
+      p.grad_dst = q.plain ? memory.weights(k + 1, task) : g + task * P;
       if (!q.plain) continue;
       p.grad_base = p.w;
       set_step_size(p, k);
     }
-    backward<false>();
+    layers.template backward<false>(s);
     for (int64_t task = 0; task < count && !q.plain; ++task) {
-      clear_unused(g + task * P);
-      descent.descend(s.tasks[task].w, momenta(k, task), g + task * P, momenta(k + 1, task));
-      descent.step(k, s.tasks[task].w, momenta(k + 1, task), weights(k + 1, task));
+      T* const g_t = g + task * P;
+      clear_unused(g_t);
+      if (descent.clips()) {
+        const auto by = descent.clip(descent.dot(g_t, g_t) + layers.square(s, task));
+        c_k[task * K + k] = by.c, slope_k[task * K + k] = by.slope;
+      }
+      descent.descend(s.tasks[task].w, memory.momenta(k, task), g_t, s.clip(task, k),
+                      memory.momenta(k + 1, task));
+      descent.step(k, s.tasks[task].w, memory.momenta(k + 1, task), memory.weights(k + 1, task));
     }
+    for (int64_t task = 0; task < count; ++task) layers.descend(s, task);
     if (!q.plain) return;
     for (const Pass<T>& p : s.tasks)
       for (int64_t i = 0; i < c.n_params(); ++i) {  // what no gradient reaches stays as it is
@@ -252,14 +138,9 @@ struct Worker {
   // dL/da_k -= v_{k+1} M_{k+1}
   void add_lr_grad(int64_t k, int64_t task, const T* g, const Sums<T>* sums) {
     T* const at = sums[task].grad_lr + k * c.lr_size();
-    for (std::size_t i = plan.ops.size(); i-- > 0;) {
-      const OpPlan& o = plan.ops[i];
-      if (o.form == Form::dense || !plan.program.params[o.op.w].adapt) continue;
-      at[c.S == 1 ? 0 : o.op.w] += T(o.form == Form::factored ? factored[i]->lr_grad(k, task, q.first_order)
-                                                              : fixed_input[i]->lr_grad(s, k, task));
-    }
+    layers.add_lr_grad(s, k, task, at);
     T* const m = u + task * P;
-    if (!q.plain) descent.descend(s.tasks[task].w, momenta(k, task), g, m);
+    if (!q.plain) descent.descend(s.tasks[task].w, memory.momenta(k, task), g, s.clip(task, k), m);
     descent.subtract_products(v + task * P, q.plain ? g : m, at);
   }
 
@@ -273,8 +154,14 @@ struct Worker {
       });
     }
     for (int64_t task = 0; task < count && !q.plain; ++task) {
-      descent.step_back(k, v + task * P, n + task * P);
-      if (second_order) descent.along(g + task * P, n + task * P, u + task * P);
+      T *const n_t = n + task * P, *const g_t = g + task * P;
+      descent.step_back(k, v + task * P, n_t);
+      layers.step_back(s, k, task);
+      if (!second_order) continue;
+      const T slope = descent.clips() ? slope_k[task * K + k] : T(0);
+      const T e = slope == 0 ? T(0) : T(-slope * (descent.dot(g_t, n_t) + layers.along(s, k, task)));
+      if (descent.clips()) along_g[task] = e;
+      descent.along(g_t, n_t, s.clip(task, k), e, u + task * P);
     }
     if (!second_order) return false;
     set_support_sweep(k);
@@ -294,10 +181,10 @@ struct Worker {
         p.grad_scale = -lr(k)[0];
       }
     }
-    forward<true>();
+    layers.template forward<true>(s);
     if (!plan.tangent[plan.program.output]) return false;
     for (int64_t task = 0; task < count; ++task) loss<true>(s.tasks[task], q.support, t + task);
-    backward<true>();
+    layers.template backward<true>(s);
     for (int64_t task = 0; task < count; ++task) {
       const Pass<T>& p = s.tasks[task];
       for (const Slot& slot : plan.slots)
@@ -332,7 +219,7 @@ struct Worker {
     if (q.tail == Tail::weights) {
       for (int64_t task = 0; task < count; ++task) {
         const int64_t at = (t + task) * plan.program.P;
-        if (q.out) c.slots_to_flat(weights_at(K, task), static_cast<T*>(q.out) + at);
+        if (q.out) c.slots_to_flat(memory.weights_at(K, task), static_cast<T*>(q.out) + at);
         if (q.seed) c.flat_to_slots(static_cast<const T*>(q.seed) + at, v + task * P);
       }
       return;
@@ -357,7 +244,7 @@ struct Worker {
     const Buffer& out = plan.program.buffers[b];
     const int64_t out_size = Q * out.R * out.C;
     int64_t task;  // among those side by side
-    forward<false>();
+    layers.template forward<false>(s);
     task = s.begin;
     for (const Pass<T>& p : s.tasks) {
       const int64_t at = (t + task) * out_size;
@@ -388,7 +275,7 @@ struct Worker {
       if (k == K) clear_unused(p.grad_dst);
       ++task;
     }
-    backward<false>();
+    layers.template backward<false>(s);
     add_x_q_grad(s.tasks[0].grad_scale, false);
     if (q.tail != Tail::curvature || !plan.tangent[b]) return;
     task = s.begin;
@@ -399,10 +286,10 @@ struct Worker {
       p.grad_scale = 1;
       ++task;
     }
-    forward<true>();
+    layers.template forward<true>(s);
     task = s.begin;
     for (const Pass<T>& p : s.tasks) loss<true>(p, q.query, t + task++);
-    backward<true>();
+    layers.template backward<true>(s);
     add_x_q_grad(T(1), true);
   }
   void add_x_q_grad(T scale, bool tangent) const {
@@ -412,20 +299,17 @@ struct Worker {
       add_x_grad(s.tasks[i], scale, tangent ? s.tasks[i].t_grad(0) : s.tasks[i].grad(0), out);
   }
 
-  int64_t t = 0, count = 0;  // the tasks of the sweeps now: the first, how many
-
   // the tasks `begin` to `end`, at most `group` of them; sums: for each
   void run_group(int64_t begin, int64_t end, const Sums<T>* sums) {
     const Buffer& x = plan.program.buffers[0];
     const int64_t tasks = end - begin;
     if (K > 0)
-      copy_rows(tasks * N * x.R, x.C, static_cast<const T*>(q.support.x) + begin * N * x_size(), x.C, x_s,
-                plan.ld[0]);
+      copy_rows(tasks * N * x.R, x.C, static_cast<const T*>(q.support.x) + begin * N * x_size(), x.C,
+                memory.x_s, plan.ld[0]);
     if (q.tail != Tail::weights)
-      copy_rows(tasks * Q * x.R, x.C, static_cast<const T*>(q.query.x) + begin * Q * x_size(), x.C, x_q,
-                plan.ld[0]);
-    for (auto& layer : fixed_input)
-      if (layer) layer->multiply(tasks, x_s, x_q, plan.ld[0]);
+      copy_rows(tasks * Q * x.R, x.C, static_cast<const T*>(q.query.x) + begin * Q * x_size(), x.C,
+                memory.x_q, plan.ld[0]);
+    layers.multiply(tasks, memory.x_s, memory.x_q);
     for (s.offset = 0; s.offset < tasks; s.offset += c.side_by_side) {
       t = begin + s.offset, count = std::min(c.side_by_side, tasks - s.offset);
       run_tasks(sums + s.offset);
@@ -434,7 +318,7 @@ struct Worker {
 
   void run_tasks(const Sums<T>* sums) {
     for (int64_t task = 0; task < count && c.any_own; ++task) {
-      T* const own = theta_own + task * P;
+      T* const own = memory.theta_own + task * P;
       std::memcpy(own, c.theta.get(), P * sizeof(T));
       for (std::size_t i = 0; i < q.params.size(); ++i) {
         const Param& p = plan.program.params[i];
@@ -446,13 +330,13 @@ struct Worker {
     if (plan.factored) {
       first.clear(), query.clear();
       for (int64_t task = 0; task < count; ++task) {
-        first.push_back(support_pass(0, task)), query.push_back(query_pass(K, task));
-        for (auto& layer : fixed_input)
-          if (layer) layer->begin(task, first[task].x, query[task].x, plan.ld[0]);
+        first.push_back(memory.support_pass(0, task, s.offset)),
+            query.push_back(memory.query_pass(c.query_steps[0], task, s.offset));
+        layers.begin(task, first[task].x, query[task].x);
       }
     }
     for (int64_t task = 0; task < count && !q.plain && K > 0; ++task) {
-      std::memset(momenta(0, task), 0, P * sizeof(T));
+      std::memset(memory.momenta(0, task), 0, P * sizeof(T));
       std::memset(n + task * P, 0, P * sizeof(T));
     }
     for (int64_t task = 0; task < count; ++task) {
@@ -471,23 +355,17 @@ struct Worker {
       if ((k + 1) % c.every == 0 && k + 1 < K)  // a segment whose activations were written over
         for (int64_t j = k + 1 - c.every; j <= k; ++j) inner_step(j);
       added = adjoint_step(k, sums);
-      if (at_steps && k > 0) query_tails(k);
+      if (!at_steps || k == 0) continue;
+      for (int64_t task = 0; task < count; ++task) layers.rewind(s, k, task);
+      query_tails(k);
     }
+    for (int64_t task = 0; task < count && q.grads; ++task) layers.finish(s, task);
     for (int64_t task = 0; task < count && q.grads && !added; ++task)
       add_up(sums[task].grads, v + task * P, P, sums[task].add);
   }
 
-  // How many there are in the gradient of a factored weight, and one of them times -1: of `tasks` tasks from
-  // `task` on.
-  int64_t outer_products(std::size_t op) const {
-    const bool first_order = !c.keep || q.first_order;
-    return factored[op] ? factored[op]->outer_products(first_order) : first_order ? 1 : 2;
-  }
   OuterProduct<T> outer_product(std::size_t op, int64_t kind, int64_t task, int64_t tasks) const {
-    if (factored[op]) return factored[op]->outer_product(s, kind, task, tasks);
-    const FixedInputLayer<T>& f = *fixed_input[op];
-    if (kind == 0) return {f.query + task * f.q * f.ld, x_q + task * f.q * plan.ld[0], tasks * f.q};
-    return {f.support + task * f.n * f.ld, x_s + task * f.n * plan.ld[0], tasks * f.n};
+    return layers.outer_product(s, op, kind, task, tasks, memory.x_s, memory.x_q);
   }
 };
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import forms, functional, losses
-from ..arguments import loss_weights, update_rule
-from ..optimizers import SGD
+from ..optimizers import SGD, check_optimizer, loss_weights
 
 
 class Evaluation(NamedTuple):
@@ -36,9 +35,8 @@ class MAML(nn.Module):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be a whole number, 0 or more, got {steps!r}")
         losses.resolve(loss)
-        update_rule(optimizer)
-        loss_weights(step_weights, steps)
-        self.optimizer, self.step_weights = optimizer, step_weights
+        check_optimizer(optimizer)
+        self.optimizer, self.step_weights = optimizer, loss_weights(step_weights, steps)
         self.model, self.loss, self.lr, self.steps, self.first_order = model, loss, lr, steps, first_order
         self.backend, self.chunk_tasks, self.checkpoint_every = backend, chunk_tasks, checkpoint_every
         forms.check(fast_weights)

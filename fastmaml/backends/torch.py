@@ -223,16 +223,20 @@ def _each(a: Tensor, like: Tensor) -> Tensor:
     return a.view(-1, *[1] * (like.dim() - 1))
 
 
+def next_momentum(rule: tuple[float, ...], m: Tensor, g: Tensor, w: Tensor) -> Tensor:
+    """M_{k+1} = momentum M_k + c g_k + weight_decay W_k; g: clipped"""
+    return rule[0] * m + g + rule[1] * w
+
+
 def _descent(problem, state: State, g: Weights, rule) -> Weights:
-    """M_{k+1} = momentum M_k + c g_k + weight_decay W_k"""
+    """M_{k+1} of each parameter"""
     w, m = state
     if m is None:
         return g
-    momentum, decay, most = rule
-    if most < math.inf:
+    if (most := rule[2]) < math.inf:
         c, _ = _clip(problem, g, most)
         g = [_each(c, a) * a for a in g]
-    return [momentum * b + a + decay * p for p, b, a in zip(w, m, g, strict=True)]
+    return [next_momentum(rule, b, a, p) for p, b, a in zip(w, m, g, strict=True)]
 
 
 def _through_clip(problem, n: Weights, g: Weights, rule) -> Weights:

@@ -171,7 +171,7 @@ class FactoredLoop:
             if self.problem.adapt[i]:
                 m = _times(c, g[i])
                 if self.rule:
-                    m = self.m[i] = momentum * self.m[i] + m + decay * w
+                    m = self.m[i] = self.backend.next_momentum(self.rule, self.m[i], m, w)
                 self.w[i] = w - sizes[i] * m
         for layer, d_k, x_k in zip(self.layers, d, inputs, strict=True):
             if not self.problem.adapt[layer.weight]:
@@ -200,7 +200,7 @@ class FactoredLoop:
         found = {}
         for i, g_i in g.items():
             m = _times(c, g_i)
-            m = momentum * self.m[i] + m + decay * self.w[i] if self.rule else m
+            m = self.backend.next_momentum(self.rule, self.m[i], m, self.w[i]) if self.rule else m
             found[i] = (v[0][i] * m).flatten(1).sum(1)
         for layer, v_k, d_k, x_k in zip(self.layers, v[1], d, inputs, strict=True):
             along = c * (v_k.first * v_k.products(d_k, x_k)).sum(1)
