@@ -100,15 +100,21 @@ class InnerLoop(Function):
         return None, *once(out)
 
 
+def in_kernels(name: str, loop) -> bool:
+    """Does the backend have factored weights for it? The others have to be asked for, and run on torch."""
+    return name in ("cpu", "torch") or (name != "cuda" and not loop[2])
+
+
 def run_meta(how, lr, data, ws) -> Sequence[Any]:
     """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
     problem, name, chunk, needs, loop, reduction, factored = how
     steps, first_order, rule, step_weights, every = loop
+    backend = BACKENDS[name if not factored or in_kernels(name, loop) else "torch"]
     per_task = reduction == "none"
     scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
 
     def run(ws, x_s, t_s, w_s, x_q, t_q, w_q):
-        return BACKENDS[name].meta_loss(
+        return backend.meta_loss(
             problem, ws, lr, (x_s, (t_s, w_s)), (x_q, (t_q, w_q)),
             steps=steps, first_order=first_order, rule=rule, step_weights=step_weights,
             checkpoint_every=every, per_task=per_task, scale=scale, needs=needs, factored=factored,

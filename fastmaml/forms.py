@@ -83,6 +83,7 @@ class Sizes:
     K: int
     losses: int = 1  # of the weights after how many of the steps
     optimizer: bool = False  # has SGD momentum, weight decay or clipping?
+    gpu: bool = False
 
 
 def query_losses(step_weights: tuple[float, ...]) -> int:
@@ -210,9 +211,34 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     )
 
 
+def gpu_cost(layer: LinearLayer, sizes: Sizes, form: str) -> float:
+    """The same on a GPU, by counts: products over the peak or the bytes of weights and rows over the
+    bandwidth, whichever takes longer, and launches. The ceilings are an A100's by its datasheet; none of this
+    was measured on a GPU.
+    """
+    flops_a_ns, bytes_a_ns, launch = 19.5e3, 2.04e3, 2000.0
+    I, O, T, K, L = layer.I, layer.O, sizes.T, sizes.K, sizes.losses
+    N, Q, IO = sizes.N * layer.rows, sizes.Q * layer.rows, I * O
+    if form == "dense":
+        products = IO * ((5 * N * K + 2 * Q * L) if layer.fixed_input else (9 * N * K + 3 * Q * L))
+        passes = IO * ((6 * K + 2 * L) if layer.fixed_input else (10 * K + 3 * L))
+        return max(2 * products / flops_a_ns, 4 * passes / bytes_a_ns) + launch * 5 * (2 * K + L) / T
+    if layer.fixed_input:
+        products = 2 * IO * (N + Q) + O * N * (2 * K * N + (K + L) * Q) + I * N * (2 * K * N + (K + L) * Q)
+        rows = (I + O) * (2 * K * N + (K + L) * Q)
+    else:
+        past, later = (K - 1) / 2 * N, L * Q + (K - 1) * N  # rows of the sums, on average
+        thin = (I + O) * (K * N * (4 * past + 2 * later) + 2 * Q * L * K * N)
+        products = IO * (4 * N * K + 2 * Q * L + L * Q + 2 * N * K) + thin
+        rows = (I + O) * (K * (4 * (past + N) + 2 * (later + N)) + 2 * L * (K * N + Q))
+    return max(2 * products / flops_a_ns, 4 * rows / bytes_a_ns) + launch * 12 * (2 * K + L) / T
+
+
 def fastest(layers: list[LinearLayer], sizes: Sizes) -> set[int]:
     """The weights of these layers that are best factored: with tasks one after another, where only layers
-    that read x can be, or side by side."""
+    that read x can be, or side by side. On a GPU they always are so."""
+    if sizes.gpu:
+        return {a.weight for a in layers if gpu_cost(a, sizes, "factored") < gpu_cost(a, sizes, "dense")}
     best, least = set[int](), float("inf")
     for side_by_side in (False, True):
         factored, total = set(), 0.0

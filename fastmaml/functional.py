@@ -32,6 +32,7 @@ from .autograd import (
     MetaLoss,
     ValueAndGrad,
     flat_of,
+    in_kernels,
     no_derivative,
     once,
     over_tasks,
@@ -188,10 +189,10 @@ def _enter_meta(
                 check_labels("query y", y_q, classes)
             rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
             known = problem.memo["forms"]  # with fast_weights=None
-            key = rates.shape, query_losses(loop[3]), bool(loop[2])
+            key = name, rates.shape, query_losses(loop[3]), bool(loop[2])
             factored = known.get(key) if fast_weights is None else None
             if factored is None:
-                factored = _factored(model, problem, loss, rates, x_s, x_q, ws, loop, fast_weights)
+                factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
                 if fast_weights is None:
                     known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
@@ -207,13 +208,16 @@ def _enter_meta(
     if seen and tuple(params) == problem.names:
         problem.memo["seen"], problem.memo["forms"] = seen, {}
     rates = step_sizes(problem, lr, steps, x_s)
-    factored = _factored(model, problem, loss, rates, x_s, x_q, ws, loop, fast_weights)
+    factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
     return problem, name, rates, data, ws, loop, factored
 
 
-def _factored(model, problem, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:
+def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:
+    if fast_weights is None and not in_kernels(name, loop):
+        return ()
     own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
     sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0], query_losses(loop[3]), bool(loop[2])
+    sizes = *sizes, name == "triton"
     how = sizes, own, rates.shape[1], fast_weights
     if torch.compiler.is_compiling():
         return factored_weights_of(model, tuple(x_s.shape[2:]), loss, *how)

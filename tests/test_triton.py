@@ -1,6 +1,7 @@
 """The `triton` backend, whole: interpreted on the CPU, or on the GPU where there is one."""
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ import fastmaml
 from fastmaml import functional, reference
 from fastmaml.backends import backends, problem_for, small_mlp, triton
 from fastmaml.backends.engine import Engine
+from fastmaml.forms import LinearLayer, Sizes, fastest
 from fastmaml.losses import MSE, CrossEntropy
 
 pytest.importorskip("triton")
@@ -80,7 +82,7 @@ def test_random_programs() -> None:
         how: dict = {"chunk_tasks": 2} if knobs else {}
         if knobs and function in FUNCTIONS[:2]:
             how["checkpoint_every"] = 2
-        check(replace(case, fast_weights=None), function, how)
+        check(case, function, how)
 
     test()
 
@@ -136,6 +138,31 @@ def test_float32_is_as_accurate_as_the_reference() -> None:
     for n in truth:
         floor = 16 * torch.finfo(torch.float32).eps
         assert error(actual[n].cpu(), truth[n]) <= 2 * error(same[n], truth[n]) + floor
+
+
+@pytest.fixture
+def medium_precision() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("medium_precision")
+def test_products_have_torchs_precision() -> None:
+    case = case_of(mlp(5, 33, 17, 3, act=nn.Tanh), MSE(), 3, 6, 4, 3).to(torch.float32)
+    truth = _everything(meta_loss, reference, case.to(torch.float64), {})
+    case.model.float()
+    actual = _everything(meta_loss, functional, on_device(case), {"backend": "triton"})
+    for n in truth:
+        assert 1e-5 < error(actual[n].cpu(), truth[n]) < 2**-5
+
+
+def test_factored_layers_are_chosen_by_counts() -> None:
+    """Wide layers with few rows stay factored on a GPU; narrow ones and many rows do not."""
+    wide = LinearLayer(0, 1024, 1024, 1, False, False)
+    narrow = LinearLayer(1, 40, 40, 1, False, False)
+    assert fastest([wide, narrow], Sizes(32, 5, 75, 5, 1, False, True)) == {0}
+    assert fastest([wide], Sizes(32, 1000, 75, 5, 1, False, True)) == set()
 
 
 def test_a_second_call_with_other_data_and_the_first_again() -> None:

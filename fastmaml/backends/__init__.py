@@ -128,7 +128,7 @@ prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def factored_weights(
     problem: Problem,
-    sizes: tuple[int, int, int, int, int, bool],  # those of forms.Sizes
+    sizes: tuple[int, int, int, int, int, bool, bool],  # those of forms.Sizes
     own: tuple[bool, ...],
     S: int,  # step sizes of a step
     fast_weights: Any,

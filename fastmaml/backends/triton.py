@@ -2,6 +2,9 @@
 
 The kernels are in kernels/<op>.py, what is run in sweep.py and engine.py. TRITON_INTERPRET=1, set before
 fastmaml is imported, makes it take CPU tensors: the kernels are then interpreted, emulation for tests alone.
+
+float32 products run in float32, TF32 or with bfloat16 operands, as torch.set_float32_matmul_precision says
+("highest", "high", "medium"), in TF32's and bfloat16's case into float32 sums; weights stay float32.
 """
 
 import functools
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 # does it take CPU tensors, when named, to try the kernels without their device?
 EMULATED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# torch.set_float32_matmul_precision -> of the operands of products; sums are float32
+_PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 _KEPT = 8  # engines of a Problem: each holds its buffers
 
 
@@ -73,13 +78,17 @@ def engine_of(passes: ModuleType, request: Request, precision: str = "ieee") -> 
     return kind(passes, request, precision)
 
 
+def _precision() -> str:
+    return _PRECISIONS[torch.get_float32_matmul_precision()]
+
+
 class _Recorded:
     """An engine and, from the second call on, the graph that runs it."""
 
     def __init__(self, request: Request) -> None:
         passes = kernels()
         assert isinstance(passes, ModuleType)
-        self.engine = engine_of(passes, request)
+        self.engine = engine_of(passes, request, _precision())
         self.graph: Any = None
         self.calls = 0
         self.lock = threading.Lock()  # one call at a time in its buffers
@@ -128,7 +137,7 @@ def _kind(q: Request) -> tuple[Any, ...]:
 
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return (
-        x.dtype, x.device, stream, q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
+        x.dtype, x.device, stream, _precision(), q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
         None if q.lr is None else q.lr.shape, q.steps, q.first_order, q.rule, q.step_weights,
         q.checkpoint_every, None if q.seed is None else q.seed.shape, q.grad_loss is None, q.scale,
         q.per_task,
