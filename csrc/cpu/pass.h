@@ -103,8 +103,10 @@ struct Sweep {
 
   int64_t rows(const OpPlan& o) const { return tasks[0].rows(o.op.in0); }
   T clip(int64_t g, int64_t j) const { return c ? c[g * K + j] : T(1); }
+  // without an adjoint all query sets take turns in the first place
   int64_t query_index() const {
-    return std::find(query_steps.begin(), query_steps.end(), k) - query_steps.begin();
+    const auto at = std::find(query_steps.begin(), query_steps.end(), k);
+    return at == query_steps.end() ? 0 : at - query_steps.begin();
   }
 };
 
