@@ -95,15 +95,22 @@ def _update(u, grad: Tensor) -> None:
     u.dst.copy_(out if u.base is None else u.base + out)
 
 
+def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """a b with operands rounded as the kernels round them; TF32 is left alone, as in the interpreter"""
+    if precision == "bf16" and a.dtype is torch.float32:
+        a, b = a.bfloat16().float(), b.bfloat16().float()
+    return a @ b
+
+
 def linear_forward(x, w, b, y, z, act=types.NO_ACTIVATION, *, dual, precision="ieee") -> None:
     if not dual:
-        out = x.value @ w.value.mT
+        out = product(x.value, w.value.mT, precision)
         return _finish(y, z, out if b is None else out + b.value[:, None], act, dual)
     out = torch.zeros_like(y.value)
     if x.t_value is not None:
-        out += x.t_value @ w.value.mT
+        out += product(x.t_value, w.value.mT, precision)
     if (t_w := _tangent(w)) is not None:
-        out += x.value @ t_w.mT
+        out += product(x.value, t_w.mT, precision)
     if (t_b := _tangent(b)) is not None:
         out += t_b[:, None]
     _finish(y, z, out, act, dual)
@@ -112,18 +119,18 @@ def linear_forward(x, w, b, y, z, act=types.NO_ACTIVATION, *, dual, precision="i
 def linear_backward_input(x, w, y, z, act=types.NO_ACTIVATION, *, add, dual, precision="ieee") -> None:
     g, t_g = _before_f(y, z, act, dual)
     if not dual:
-        return _put(x.grad, g @ w.value, add)
-    out, t_w = t_g @ w.value, _tangent(w)
-    _put(x.t_grad, out if t_w is None else out + g @ t_w, add)
+        return _put(x.grad, product(g, w.value, precision), add)
+    out, t_w = product(t_g, w.value, precision), _tangent(w)
+    _put(x.t_grad, out if t_w is None else out + product(g, t_w, precision), add)
 
 
 def linear_backward_weight(
     x, y, z, update_w, update_b, act=types.NO_ACTIVATION, *, dual, precision="ieee"
 ) -> None:
     g, t_g = _before_f(y, z, act, dual)
-    grad_w = (t_g if dual else g).mT @ x.value
+    grad_w = product((t_g if dual else g).mT, x.value, precision)
     if dual and x.t_value is not None:
-        grad_w = grad_w + g.mT @ x.t_value
+        grad_w = grad_w + product(g.mT, x.t_value, precision)
     _update(update_w, grad_w)
     _update(update_b, (t_g if dual else g).sum(1))
 
@@ -243,9 +250,9 @@ def cross_entropy(z, target, weight, loss, *, smoothing, dual) -> None:
     z.grad.copy_(s * (p - q))
 
 
-def backend() -> Any:
+def backend(precision: str = "ieee") -> Any:
     def run(request: Request) -> Result:
-        engine = Engine(sys.modules[__name__], request)
+        engine = Engine(sys.modules[__name__], request, precision)
         for _ in range(2):  # the second time its buffers are used ones
             engine.load(request)
             engine.run()
