@@ -128,6 +128,12 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument(
+        "--rounded",
+        nargs="+",
+        default=["mlp/policy"],
+        help="models for the other precisions (default mlp/policy)",
+    )
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--out", type=Path, help="where to write the table")
@@ -135,7 +141,7 @@ def main() -> None:
     rows, faults = [], []
     for precision in args.precision:
         for arch in args.arch:
-            found = kernels_of(args.models, arch, precision)
+            found = kernels_of(args.models if precision == "ieee" else args.rounded, arch, precision)
             rows += table(arch, precision, found)
             faults += [f"sm_{arch} {precision}: {k.name} spills {k.spills} bytes" for k in found if k.spills]
             products = [k for k in found if k.name.startswith("linear")]
@@ -146,7 +152,8 @@ def main() -> None:
         [
             "# The Triton kernels as compiled",
             "",
-            f"By `python -m bench.gpu_static`, triton {triton.__version__}, for {', '.join(args.models)}.",
+            f"By `python -m bench.gpu_static`, triton {triton.__version__}, for {', '.join(args.models)}; in TF32 and",
+            f"bfloat16 for {', '.join(args.rounded)}.",
             "A row holds the worst of a kernel's specialisations. None of these was run on a GPU.",
             "",
             markdown(HEADER, rows),

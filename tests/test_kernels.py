@@ -5,6 +5,7 @@ Interpreted on the CPU, or on the GPU where there is one. Outputs start as NaN, 
 
 import importlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -302,12 +303,20 @@ def test_a_label_out_of_range_gives_nan() -> None:
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_precision(precision: str) -> None:
-    """As far off as rounded operands are. The interpreter multiplies TF32 operands unrounded."""
-    a = layer("linear", (2, 10, 40, 33), ACTIVATIONS[0], 0)
-    known: dict[int, Tensor] = {}
-    single = replace(a, **{n: copied(v, torch.float32, known) for n, v in vars(a).items()})
-    kernels.linear_forward(single.x, single.w, single.b, single.y, None, dual=False, precision=precision)
-    off = (single.y.value.double().cpu() - a.y.value.cpu()).abs().max() / a.y.value.abs().max().cpu()
+    """As far off as rounded operands are, and in bfloat16 the product of the rounded ones. The interpreter
+    leaves TF32 operands unrounded, and cuts where it should round to bfloat16."""
+    truth = layer("linear", (2, 10, 40, 33), ACTIVATIONS[0], 0)
+    results = {}
+    for passes in (kernels, naive_passes):
+        known: dict[int, Tensor] = {}
+        a = replace(truth, **{n: copied(v, torch.float32, known) for n, v in vars(truth).items()})
+        passes.linear_forward(a.x, a.w, a.b, a.y, None, dual=False, precision=precision)
+        results[passes.__name__] = a.y.value.double().cpu()
+    exact = truth.y.value.cpu()
+    actual, rounded = results[kernels.__name__], results[naive_passes.__name__]
+    off = (actual - exact).abs().max() / exact.abs().max()
     assert off < {"tf32": 2**-10, "bf16": 2**-7}[precision]
     if precision == "bf16":
-        assert off > 1e-5
+        assert off > 1e-4
+        if os.environ.get("TRITON_INTERPRET", "0") != "1":
+            assert (actual - rounded).abs().max() < 1e-6 * exact.abs().max()
