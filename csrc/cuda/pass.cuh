@@ -81,7 +81,7 @@ struct Pass {
     g.rates = descends ? rates(p) : nullptr;
     g.primal = grad_primal;
     g.multiplies = multiplies && q.adapt;
-    g.v = table.v + q.at;
+    g.v = t_w + q.at;
     g.each_product = products ? products + q.flat : nullptr;
     return g;
   }

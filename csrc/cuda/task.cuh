@@ -248,21 +248,17 @@ struct Task {
       if (turn == Turn::query && call.tail == tail_weights) {
         if (call.out) store_flat(table.w, call.out);
         if (call.seed) load_flat(table.v, call.seed);
-        continue;
+      } else if (turn != Turn::query || k == K || query_scale() != 0) {
+        const Pass<T> p = pass();
+        if (dual())
+          sweep<true>(p);
+        else
+          sweep<false>(p);
+        end(p);
       }
-      if (turn == Turn::query && k < K && query_scale() == 0) continue;
-      const Pass<T> p = pass();
-      if (dual())
-        sweep<true>(p);
-      else
-        sweep<false>(p);
-      end(p);
       __syncthreads();
     }
-    if (call.grads) {
-      __syncthreads();
-      store_flat(table.v, call.grads);
-    }
+    if (call.grads) store_flat(table.v, call.grads);
     if (call.loss && threadIdx.x == 0) static_cast<T*>(call.loss)[task] = total;
   }
 };
