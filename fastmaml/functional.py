@@ -200,7 +200,7 @@ def _enter_meta(
                     known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
     problem, name, x_s, ws = _enter(
-        model, params, x_s, loss, backend, chunk_tasks, "support x", queries=x_q.shape[1]
+        model, params, x_s, loss, backend, chunk_tasks, "support x", queries=_examples(x_q)
     )
     x_q = check_x("query x", x_q)
     check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
@@ -241,8 +241,9 @@ def _enter(
     """Problem, backend, and the checked x and parameters in order."""
     x = check_x(name, x)
     check_count("chunk_tasks", chunk, 1)
-    sizes = None if torch.compiler.is_compiling() else Sizes(*((x.shape[1], queries) if queries else (0, x.shape[1])))
-    problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend, sizes)
+    sizes = Sizes(x.shape[1], queries) if queries else Sizes(0, x.shape[1])
+    known = None if torch.compiler.is_compiling() else sizes
+    problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend, known)
     _check_norms(problem, x)
     ws = parameters(problem, params, x)
     if not may_be_factored and (where := factors.places(ws)):
@@ -251,6 +252,11 @@ def _enter(
             f"apply and inner_loop take factored weights, this does not: give {names} as .dense()"
         )
     return problem, runs, x, ws
+
+
+def _examples(x: Any) -> int:
+    """Of each task, of an x that is not checked yet."""
+    return x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 1
 
 
 def _check_norms(problem: Problem, x: Tensor) -> None:

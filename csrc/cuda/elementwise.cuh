@@ -20,7 +20,9 @@ FASTMAML_DEVICE void put(T* to, Vec<T> v, int first) {
   store(to, v);
 }
 
-// An activation F has value(x) and slopes(x, y, first, second).
+// An activation F has value(x) and slopes(a, first, second): f'(x), and f''(x) or, if F::of_output, f''(x) /
+// f'(x). `a` is x, or y if F::of_output: then neither x nor its tangent has to be kept, since f'' t_x = f'' /
+// f' t_y.
 template <bool Dual, class F, class T>
 FASTMAML_DEVICE void elementwise_forward(const OpRow& op, const Pass<T>& p, const F& f) {
   const int C = p.columns(op.in0), ld = p.ld(op.in0);
@@ -30,7 +32,7 @@ FASTMAML_DEVICE void elementwise_forward(const OpRow& op, const Pass<T>& p, cons
     p.value(op.out)[at] = y;
     if constexpr (Dual) {
       T first, second;
-      f.slopes(x, y, first, second);
+      f.slopes(F::of_output ? y : x, first, second);
       p.t_value(op.out)[at] = first * p.t_value(op.in0)[at];
     }
   });
@@ -38,16 +40,16 @@ FASTMAML_DEVICE void elementwise_forward(const OpRow& op, const Pass<T>& p, cons
 
 template <bool Dual, class F, class T>
 FASTMAML_DEVICE void elementwise_backward(const OpRow& op, const Pass<T>& p, const F& f) {
-  const int ld = p.ld(op.in0);
+  const int ld = p.ld(op.in0), from = F::of_output ? op.out : op.in0;
   each(p.rows(op.in0), p.width(op.in0), [&](int row, int c) {
     const int at = row * ld + c;
     const T d = p.grad(op.out)[at];
     T first, second;
-    f.slopes(p.value(op.in0)[at], p.value(op.out)[at], first, second);
+    f.slopes(p.value(from)[at], first, second);
     put(p.grad(op.in0) + at, first * d, op.first_in0);
     if constexpr (Dual) {
       T v = first * p.t_grad(op.out)[at];
-      if (op.tangent_in0) v += second * p.t_value(op.in0)[at] * d;
+      if (op.tangent_in0) v += second * p.t_value(from)[at] * d;
       put(p.t_grad(op.in0) + at, v, op.first_in0);
     }
   });

@@ -1,5 +1,5 @@
-// What Python calls, by ctypes: the same functions from nvcc's library and from the emulation's. Each returns 0 or
-// an error's number, whose text fastmaml_cuda_error has.
+// What Python calls, by ctypes: the same functions from nvcc's library and from the emulation's. Each returns
+// 0 or an error's number, whose text fastmaml_cuda_error has.
 #pragma once
 #include <cstring>
 
@@ -12,11 +12,12 @@ namespace fastmaml::cuda {
 
 template <class T>
 int run(const Table& table, const Call& call, const Sums& sums, void* stream) {
-  int error = launch(inner_loop_kernel<T>, unsigned(call.T), unsigned(table.threads), table.numbers * int(sizeof(T)),
-                     stream, table, call);
+  int error = launch(inner_loop_kernel<T>, unsigned(call.T), unsigned(table.threads),
+                     table.numbers * int(sizeof(T)), stream, table, call);
   int64_t size = 0;
   for (int i = 0; i < sums.count; ++i) size += sums.of[i].size;
-  if (!error && size > 0) error = launch(sum_tasks_kernel<T>, unsigned((size + 255) / 256), 256u, 0, stream, sums);
+  if (!error && size > 0)
+    error = launch(sum_tasks_kernel<T>, unsigned((size + 255) / 256), 256u, 0, stream, sums);
   return error;
 }
 

@@ -7,9 +7,8 @@ namespace fastmaml::cuda {
 template <class T>
 FASTMAML_DEVICE void flatten_rows(const OpRow& op, const Pass<T>& p, const T* x, T* y) {
   const int C = p.columns(op.in0), ldx = p.ld(op.in0), ldy = p.ld(op.out), R = p.table.buffer[op.in0].R;
-  each(p.rows(op.out), p.width(op.out), [&](int n, int c) {
-    y[n * ldy + c] = c < R * C ? x[(n * R + c / C) * ldx + c % C] : T(0);
-  });
+  each(p.rows(op.out), p.width(op.out),
+       [&](int n, int c) { y[n * ldy + c] = c < R * C ? x[(n * R + c / C) * ldx + c % C] : T(0); });
 }
 template <class T>
 FASTMAML_DEVICE void unflatten_rows(const OpRow& op, const Pass<T>& p, const T* d, T* to) {

@@ -7,6 +7,7 @@
 namespace fastmaml::cuda {
 
 struct Gelu {
+  static constexpr bool of_output = false;
   template <class T>
   FASTMAML_DEVICE static T normal(T x) {
     return T(0.5) * (1 + erf(x * T(0.70710678118654752440)));
@@ -16,7 +17,7 @@ struct Gelu {
     return x * normal(x);
   }
   template <class T>
-  FASTMAML_DEVICE void slopes(T x, T, T& first, T& second) const {
+  FASTMAML_DEVICE void slopes(T x, T& first, T& second) const {
     const T density = T(0.39894228040143267794) * exp(T(-0.5) * x * x);
     first = normal(x) + x * density;
     second = density * (2 - x * x);
@@ -24,6 +25,7 @@ struct Gelu {
 };
 
 struct GeluTanh {
+  static constexpr bool of_output = false;
   template <class T>
   FASTMAML_DEVICE static T inner(T x) {
     return T(0.79788456080286535588) * x * (1 + T(0.044715) * x * x);
@@ -33,7 +35,7 @@ struct GeluTanh {
     return T(0.5) * x * (1 + tanh(inner(x)));
   }
   template <class T>
-  FASTMAML_DEVICE void slopes(T x, T, T& first, T& second) const {
+  FASTMAML_DEVICE void slopes(T x, T& first, T& second) const {
     const T c = T(0.79788456080286535588), k = T(0.044715);
     const T t = tanh(inner(x)), u1 = c * (1 + 3 * k * x * x), u2 = 6 * c * k * x;
     const T t1 = (1 - t * t) * u1, t2 = (1 - t * t) * u2 - 2 * t * t1 * u1;

@@ -16,9 +16,10 @@ FASTMAML_DEVICE T leaky_relu_grad(T d, T x, T slope) {
 
 template <class T>
 struct LeakyRelu {
+  static constexpr bool of_output = false;
   T slope;
   FASTMAML_DEVICE T value(T x) const { return leaky_relu_of(x, slope); }
-  FASTMAML_DEVICE void slopes(T x, T, T& first, T& second) const {
+  FASTMAML_DEVICE void slopes(T x, T& first, T& second) const {
     first = x > 0 ? T(1) : slope;
     second = 0;
   }

@@ -46,7 +46,8 @@ FASTMAML_DEVICE void norm_forward(int number, const OpRow& op, const Pass<T>& p)
   T *const h = shared<T>() + saved.h, *const r = shared<T>() + saved.r, *const y = p.value(op.out);
   const T *const z = p.value(op.in0), *const w = p.param(op.w < 0 ? 0 : op.w);
   const T* const b = p.param(op.b < 0 ? 0 : op.b);
-  const ParamTangent<T> t_w = p.param_tangent(op.w < 0 ? 0 : op.w), t_b = p.param_tangent(op.b < 0 ? 0 : op.b);
+  const ParamTangent<T> t_w = p.param_tangent(op.w < 0 ? 0 : op.w),
+                        t_b = p.param_tangent(op.b < 0 ? 0 : op.b);
   pad(h, rows, C, width, ld);
   pad(y, rows, C, width, ld);
   if (Dual && op.tangent_in0) pad(shared<T>() + saved.t_h, rows, C, width, ld);

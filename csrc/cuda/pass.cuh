@@ -36,9 +36,9 @@ struct Pass {
   T grad_scale = 1, grad_primal = 0;
   bool descends = false;  // is the scale times minus the step size?
   bool multiplies = false;
-  T* products = nullptr;      // [S] of this step, where it has a number for each element
+  T* products = nullptr;  // [S] of this step, where it has a number for each element
   bool skip_frozen = false;
-  bool x_grad = false;        // is the gradient of x wanted?
+  bool x_grad = false;  // is the gradient of x wanted?
   // tangents of the parameters: those in `t_w` times the step size, or as they are
   int t_w = -1;
   bool t_scaled = false;

@@ -15,13 +15,13 @@ namespace fastmaml::cuda {
 // What the layout depends on, besides the program.
 struct Sizes {
   int64_t itemsize;
-  int64_t N, Q;         // examples of the support and query sets; 0 where there is none
-  int64_t adjoint;      // are gradients wanted?
-  int64_t dual_step;    // is there a dual sweep over the support set?
-  int64_t curvature;    // is there one over the query set?
-  int64_t x_s, x_q;     // are the gradients of x wanted?
-  int64_t lr;           // is that of the step sizes?
-  int64_t threads;      // of a block; 0: as suits the sizes
+  int64_t N, Q;       // examples of the support and query sets; 0 where there is none
+  int64_t adjoint;    // are gradients wanted?
+  int64_t dual_step;  // is there a dual sweep over the support set?
+  int64_t curvature;  // is there one over the query set?
+  int64_t x_s, x_q;   // are the gradients of x wanted?
+  int64_t lr;         // is that of the step sizes?
+  int64_t threads;    // of a block; 0: as suits the sizes
 };
 
 // Numbers in memory from `begin` to `end` of a sweep's time.
@@ -132,8 +132,24 @@ class Planner {
     for (int i = 0; i < t_.ops; ++i) {
       const Op& from = p_.ops[i];
       OpRow& o = t_.op[i];
-      o = {int(from.kind), int(from.in0), int(from.in1), int(from.out), int(from.w), int(from.b),
-           from.act, from.mask, 0, 0, 0, 0, 0, 0, 0, from.attr, from.slope, from.mask_slope};
+      o = {int(from.kind),
+           int(from.in0),
+           int(from.in1),
+           int(from.out),
+           int(from.w),
+           int(from.b),
+           from.act,
+           from.mask,
+           0,
+           0,
+           0,
+           0,
+           0,
+           0,
+           0,
+           from.attr,
+           from.slope,
+           from.mask_slope};
       o.tangent_in0 = t_.buffer[o.in0].tangent;
       o.tangent_in1 = o.in1 >= 0 && t_.buffer[o.in1].tangent;
       o.tangent_out = o.tangent_in0 || o.tangent_in1 || o.w >= 0 || o.b >= 0;
@@ -195,9 +211,9 @@ class Planner {
         until(t_value_end[o.in0], parameters);
       }
       if (o.kind >= leaky_relu && o.kind <= silu) {
-        until(value_end[o.in0], data);
-        until(value_end[o.out], data);
-        until(t_value_end[o.in0], data);
+        const int from = o.kind == tanh_ || o.kind == sigmoid ? o.out : o.in0;  // F::of_output
+        until(value_end[from], data);
+        until(t_value_end[from], data);
       }
       until(grad_end[o.out], parameters);
       for (int in : {o.in0, o.in1})
@@ -228,8 +244,7 @@ class Planner {
       BufferPlace& at = layout.buffers[b];
       at.value = t_.x;
       if (b > 0) all.push_back({&at.value, size, produced[b], value_end[b]});
-      if (dual && t_.buffer[b].tangent)
-        all.push_back({&at.t_value, size, produced[b], t_value_end[b]});
+      if (dual && t_.buffer[b].tangent) all.push_back({&at.t_value, size, produced[b], t_value_end[b]});
       if (grad_end[b] < 0) continue;
       all.push_back({&at.grad, size, grad_begin[b], grad_end[b]});
       if (dual) all.push_back({&at.t_grad, size, grad_begin[b], grad_end[b]});

@@ -18,22 +18,32 @@ namespace fastmaml::cuda {
 template <class T, class F>
 FASTMAML_DEVICE void with_activation(const OpRow& op, const F& f) {
   switch (op.kind) {
-    case leaky_relu: return f(LeakyRelu<T>{T(op.attr)});
-    case tanh_: return f(Tanh{});
-    case sigmoid: return f(Sigmoid{});
-    case gelu: return op.attr != 0 ? f(GeluTanh{}) : f(Gelu{});
-    case silu: return f(Silu{});
+    case leaky_relu:
+      return f(LeakyRelu<T>{T(op.attr)});
+    case tanh_:
+      return f(Tanh{});
+    case sigmoid:
+      return f(Sigmoid{});
+    case gelu:
+      return op.attr != 0 ? f(GeluTanh{}) : f(Gelu{});
+    case silu:
+      return f(Silu{});
   }
 }
 
 template <bool Dual, class T>
 FASTMAML_DEVICE void forward_op(int number, const OpRow& op, const Pass<T>& p) {
   switch (op.kind) {
-    case batch_norm: return batch_norm_forward<Dual>(number, op, p);
-    case layer_norm: return layer_norm_forward<Dual>(number, op, p);
-    case add: return add_forward<Dual>(op, p);
-    case flatten: return flatten_forward<Dual>(op, p);
-    default: with_activation<T>(op, [&](const auto& f) { elementwise_forward<Dual>(op, p, f); });
+    case batch_norm:
+      return batch_norm_forward<Dual>(number, op, p);
+    case layer_norm:
+      return layer_norm_forward<Dual>(number, op, p);
+    case add:
+      return add_forward<Dual>(op, p);
+    case flatten:
+      return flatten_forward<Dual>(op, p);
+    default:
+      with_activation<T>(op, [&](const auto& f) { elementwise_forward<Dual>(op, p, f); });
   }
 }
 
@@ -55,11 +65,16 @@ FASTMAML_DEVICE void forward(const Pass<T>& p) {
 template <bool Dual, class T>
 FASTMAML_DEVICE void backward_op(int number, const OpRow& op, const Pass<T>& p) {
   switch (op.kind) {
-    case linear: return linear_backward<Dual>(op, p);
-    case batch_norm: return batch_norm_backward<Dual>(number, op, p);
-    case layer_norm: return layer_norm_backward<Dual>(number, op, p);
-    case flatten: return flatten_backward<Dual>(op, p);
-    default: with_activation<T>(op, [&](const auto& f) { elementwise_backward<Dual>(op, p, f); });
+    case linear:
+      return linear_backward<Dual>(op, p);
+    case batch_norm:
+      return batch_norm_backward<Dual>(number, op, p);
+    case layer_norm:
+      return layer_norm_backward<Dual>(number, op, p);
+    case flatten:
+      return flatten_backward<Dual>(op, p);
+    default:
+      with_activation<T>(op, [&](const auto& f) { elementwise_backward<Dual>(op, p, f); });
   }
 }
 

@@ -1,5 +1,6 @@
-// What a launch hands to its blocks, as plain data: the program with the place of everything in shared memory,
-// and the call. Both are kernel parameters, so that they lie in constant memory and nothing is copied before.
+// What a launch hands to its blocks, as plain data: the program with the place of everything in shared
+// memory, and the call. Both are kernel parameters, so that they lie in constant memory and nothing is copied
+// before.
 #pragma once
 #include <cstdint>
 
@@ -57,15 +58,15 @@ enum LayoutOf : int { of_step, of_adjoint, of_query, layouts };
 
 struct Table {
   int ops, params, buffers, output, loss;
-  int P;         // numbers of a set of weights in shared memory
-  int flat_P;    // length of the flat vector
-  int tied;      // does an op find the gradient of its parameter begun by another?
+  int P;           // numbers of a set of weights in shared memory
+  int flat_P;      // length of the flat vector
+  int tied;        // does an op find the gradient of its parameter begun by another?
   int dual_query;  // has the query set a dual sweep (Tail::curvature)?
-  int w, v, u;   // sets of weights; -1 where there is none
-  int x, share;  // the examples of the current set; the share of each in the mean
-  int partial;   // of sums over the block: one number a warp
-  int products;  // <v, g> of each parameter: one number a warp
-  int numbers;   // of shared memory in all
+  int w, v, u;     // sets of weights; -1 where there is none
+  int x, share;    // the examples of the current set; the share of each in the mean
+  int partial;     // of sums over the block: one number a warp
+  int products;    // <v, g> of each parameter: one number a warp
+  int numbers;     // of shared memory in all
   int threads;
   double label_smoothing;
   OpRow op[most_ops];
@@ -84,7 +85,8 @@ struct Set {
 // One call: K inner steps on the support set, then a tail, then the adjoint (csrc/cpu/request.h). The Python
 // side fills it in (fastmaml/backends/cuda.py).
 struct Call {
-  int64_t T, K, S, every;  // S: step sizes of a step: 1, params or flat_P; every: from one stored W_k to the next
+  int64_t T, K, S,
+      every;  // S: step sizes of a step: 1, params or flat_P; every: from one stored W_k to the next
   int64_t tail, first_order;
   double scale;  // of the losses and gradients of tail_loss
   const void* params[most_params];

@@ -1,7 +1,7 @@
 // One task, by one block: K inner steps, the tail, and the adjoint
 //   v_k = v_{k+1} - H_k (a_k v_{k+1}),   dL/da_k = -<v_{k+1}, g_k>
-// in turns, each of them one sweep: so that either sweep is compiled once. The current W, v and the buffers of
-// one sweep are in shared memory, the W_k of earlier steps in global memory.
+// in turns, each of them one sweep: so that either sweep is compiled once. The current W, v and the buffers
+// of one sweep are in shared memory, the W_k of earlier steps in global memory.
 #pragma once
 #include "sweep.cuh"
 
@@ -38,9 +38,8 @@ struct Task {
     for (int i = 0; i < table.params; ++i) {
       const ParamRow& q = table.param[i];
       const T* const p = from(i);
-      each(q.O, q.ld, [&](int o, int c) {
-        shared<T>()[to + q.at + o * q.ld + c] = c < q.I ? p[o * q.I + c] : T(0);
-      });
+      each(q.O, q.ld,
+           [&](int o, int c) { shared<T>()[to + q.at + o * q.ld + c] = c < q.I ? p[o * q.I + c] : T(0); });
     }
   }
   FASTMAML_DEVICE void load_flat(int to, const void* rows) const {
@@ -85,9 +84,8 @@ struct Task {
     const int n = static_cast<int>(set().n), rows = n * b.R;
     const T* const x = numbers(set().x) + task * rows * b.C;
     const T* const weight = set().weight ? numbers(set().weight) + task * n : nullptr;
-    each(rows, b.ld, [&](int row, int c) {
-      shared<T>()[table.x + row * b.ld + c] = c < b.C ? x[row * b.C + c] : T(0);
-    });
+    each(rows, b.ld,
+         [&](int row, int c) { shared<T>()[table.x + row * b.ld + c] = c < b.C ? x[row * b.C + c] : T(0); });
     T sum = n;
     if (weight) {
       sum = 0;
@@ -96,9 +94,13 @@ struct Task {
     each(n, [&](int i) { shared<T>()[table.share + i] = (weight ? weight[i] : T(1)) / sum; });
   }
 
-  // the factor of a query loss and of its gradients
+  // the factor of a query loss, and that of its gradients
   FASTMAML_DEVICE T query_scale() const {
     return at_steps ? numbers(call.step_weights)[k - 1] * T(call.scale) : T(call.scale);
+  }
+  FASTMAML_DEVICE T gradient_scale() const {
+    if (call.tail != tail_curvature) return query_scale();
+    return call.grad_loss ? numbers(call.grad_loss)[task] : T(0);
   }
 
   FASTMAML_DEVICE void begin() {
@@ -115,7 +117,8 @@ struct Task {
   }
 
   FASTMAML_DEVICE bool dual() const {
-    return turn == Turn::adjoint ? second_order : turn == Turn::query && call.tail == tail_curvature;
+    if (turn == Turn::adjoint) return second_order;
+    return turn == Turn::query && call.tail == tail_curvature && table.buffer[table.output].tangent;
   }
 
   FASTMAML_DEVICE Pass<T> pass() const {
@@ -137,15 +140,12 @@ struct Task {
     } else {
       p.grad_base = back ? table.v : -1;
       p.grad_dst = table.v;
-      p.grad_scale = dual() ? T(1) : query_scale();
-      p.grad_primal = primal();
+      p.grad_scale = dual() ? T(1) : gradient_scale();
+      p.grad_primal = dual() ? gradient_scale() : T(0);
       p.t_w = table.u;
       p.x_grad = call.grad_x_q;
     }
     return p;
-  }
-  FASTMAML_DEVICE T primal() const {
-    return dual() && call.grad_loss ? numbers(call.grad_loss)[task] : T(0);
   }
   FASTMAML_DEVICE T* lr_row() const { return static_cast<T*>(call.grad_lr) + (task * K + k) * call.S; }
 
@@ -187,9 +187,7 @@ struct Task {
       for (int i = 0; i < table.params && table.tied; ++i) {
         const ParamRow& q = table.param[i];
         if (q.uses && q.adapt)
-          each(q.O * q.ld, [&](int j) {
-            shared<T>()[table.w + q.at + j] = shared<T>()[table.u + q.at + j];
-          });
+          each(q.O * q.ld, [&](int j) { shared<T>()[table.w + q.at + j] = shared<T>()[table.u + q.at + j]; });
       }
     } else if (turn == Turn::adjoint) {
       if (p.x_grad) add_x_grad<true>(p, call.grad_x_s, T(0), T(-1));
@@ -206,9 +204,9 @@ struct Task {
         for (int i = 0; i < warps(); ++i) total += query_scale() * shared<T>()[table.partial + i];
       if (!p.x_grad) return;
       if (dual())
-        add_x_grad<true>(p, call.grad_x_q, primal(), T(1));
+        add_x_grad<true>(p, call.grad_x_q, gradient_scale(), T(1));
       else
-        add_x_grad<false>(p, call.grad_x_q, query_scale(), T(0));
+        add_x_grad<false>(p, call.grad_x_q, gradient_scale(), T(0));
     }
   }
 
@@ -263,14 +261,16 @@ struct Task {
   }
 };
 
+// One block a multiprocessor is all that the bound asks for: with more in mind, ptxas spills for sm_100 and
+// 120.
 template <class T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     inner_loop_kernel(const __grid_constant__ Table table, const __grid_constant__ Call call) {
   Task<T>{table, call, int64_t(blockIdx.x)}.run();
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) sum_tasks_kernel(const __grid_constant__ Sums sums) {
+__global__ void __launch_bounds__(256, 1) sum_tasks_kernel(const __grid_constant__ Sums sums) {
   int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   for (int s = 0; s < sums.count; ++s) {
     const Sum& of = sums.of[s];

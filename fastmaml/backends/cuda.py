@@ -1,9 +1,10 @@
-"""The `cuda` backend: one launch runs the whole inner loop, the tail and the adjoint, a thread block for each task.
+"""The `cuda` backend: one launch runs the whole inner loop, the tail and the adjoint, a block for each task.
 
 The weights of a task and the activations of one step lie in the block's shared memory, so networks must be
 small: `misfit` says by how much one is too large. The formulas are in csrc/cuda/<op>.cuh, the recursion in
-csrc/cuda/task.cuh. The kernels are called by ctypes, in the library that nvcc made; or, on CPU tensors and where
-FASTMAML_EMULATE is set, in one that a host compiler made of the same source (`make emulation`).
+csrc/cuda/task.cuh. The kernels are called by ctypes, in the library that nvcc made; or, for tests, on CPU
+tensors in one that a host compiler made of the same source (`make emulation`): FASTMAML_EMULATE=1, set before
+fastmaml is imported, takes that.
 """
 
 import ctypes
@@ -65,9 +66,9 @@ class _Sums(ctypes.Structure):
     _fields_ = [("of", _Sum * _MOST_SUMS), ("count", ctypes.c_int64), ("T", ctypes.c_int64)]
 
 
-# The path of another library of the emulation, or 1. Does this backend take CPU tensors, when named, to try the
-# kernels without their device?
+# 1, or the path of another library of the emulation
 _GIVEN = os.environ.get("FASTMAML_EMULATE", "0")
+# does it take CPU tensors, when named, to try the kernels without their device?
 EMULATED = _GIVEN not in ("", "0")
 
 
@@ -161,7 +162,9 @@ def misfit(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: 
 @cache
 def shared_limit(device: torch.device) -> int:
     """The bytes of shared memory that a block of this device can have."""
-    index = 0 if device.type == "cpu" else torch.cuda.current_device() if device.index is None else device.index
+    index = (
+        0 if device.type == "cpu" else torch.cuda.current_device() if device.index is None else device.index
+    )
     most = _library().fastmaml_cuda_shared_limit(index)
     if most < 0:
         raise RuntimeError(_library().fastmaml_cuda_error(-most).decode())
@@ -184,7 +187,9 @@ class _Plan(NamedTuple):
 
 
 def _plan(problem: "Problem", itemsize: int, **sizes: int) -> _Plan:
-    threads = int(os.environ.get("FASTMAML_CUDA_THREADS", "0"))  # for tests: a small block shows a race sooner
+    threads = int(
+        os.environ.get("FASTMAML_CUDA_THREADS", "0")
+    )  # for tests: a small block shows a race sooner
     key = "cuda plan", itemsize, threads, *sizes.items()
     if key not in problem.memo:
         library = _library()

@@ -2,9 +2,9 @@
 // machine, switched at barriers and shuffles; or, with FASTMAML_EMULATE_THREADS, as a thread of its own, for
 // ThreadSanitizer. Blocks run one after another.
 //
-// What it finds besides wrong values: threads that wait at different barriers or leave one out; what is read of
-// shared memory before it is written (it starts as NaN); under sanitizers, accesses out of bounds, misaligned
-// ones, and races within a block.
+// What it finds besides wrong values: threads that wait at different barriers or leave one out; what is read
+// of shared memory before it is written (it starts as NaN); under sanitizers, accesses out of bounds,
+// misaligned ones, and races within a block.
 #pragma once
 #include <math.h>
 
@@ -40,8 +40,8 @@ struct Index {
   unsigned x = 0;
 };
 
-// One shuffle at a time: each lane leaves a number, waits for the others, takes another's, and waits again. Relaxed
-// atomics order nothing for ThreadSanitizer, as a shuffle orders no memory.
+// One shuffle at a time: each lane leaves a number, waits for the others, takes another's, and waits again.
+// Relaxed atomics order nothing for ThreadSanitizer, as a shuffle orders no memory.
 struct Warp {
   std::atomic<unsigned> arrived{0}, turn{0};
   std::atomic<uint64_t> left[32];
@@ -58,7 +58,6 @@ struct Thread {
   ucontext_t context;
   jmp_buf jump;
   bool started = false;
-  std::vector<char> stack;
 #endif
 };
 
@@ -85,6 +84,7 @@ inline void wait_for_block(int) { pthread_barrier_wait(&barrier); }
 inline void yield() { std::this_thread::yield(); }
 #else
 inline std::function<void()> body;
+inline std::vector<std::vector<char> > stacks;  // kept from one launch to the next
 #  ifdef __SANITIZE_ADDRESS__  // it does not like longjmp from one stack to another; swapcontext is slower
 inline ucontext_t scheduler;
 inline void yield() { swapcontext(&current->context, &scheduler); }
@@ -148,7 +148,8 @@ T shuffle_xor(T v, unsigned mask) {
 }
 
 #ifdef FASTMAML_EMULATE_THREADS
-inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes, const std::function<void()>& f) {
+inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
+                       const std::function<void()>& f) {
   pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(all.size()));
   for (unsigned b = 0; b < blocks; ++b) {
     reset_shared(bytes);
@@ -164,7 +165,8 @@ inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t by
   pthread_barrier_destroy(&barrier);
 }
 #else
-// The order in which threads run between two barriers: FASTMAML_EMULATE_ORDER, forward, reverse, or random:SEED.
+// The order in which threads run between two barriers: FASTMAML_EMULATE_ORDER, forward, reverse, or
+// random:SEED.
 struct Order {
   std::vector<std::size_t> threads;
   std::mt19937 generator;
@@ -205,13 +207,16 @@ inline bool run_to_barrier(std::vector<Thread>& all, Order& order) {
   return false;
 }
 
-inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes, const std::function<void()>& f) {
+inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
+                       const std::function<void()>& f) {
   Order order(all.size());
   body = f;
-  for (Thread& t : all) {
-    t.stack.resize(256 << 10);
+  stacks.resize(std::max(stacks.size(), all.size()));
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    Thread& t = all[i];
+    stacks[i].resize(256 << 10);
     getcontext(&t.context);
-    t.context.uc_stack = {t.stack.data(), 0, t.stack.size()};
+    t.context.uc_stack.ss_sp = stacks[i].data(), t.context.uc_stack.ss_size = stacks[i].size();
     t.context.uc_link = nullptr;
     makecontext(&t.context, fiber, 0);
   }
