@@ -114,6 +114,8 @@ def extension() -> dict:
                 module.extra_objects.append(KERNELS)
                 module.library_dirs += [str(home / "lib64"), str(home / "lib")]
                 module.libraries += ["cudart_static", "rt", "dl", "pthread"]
+                # its calls must not end in another runtime that the process has
+                module.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
             super().build_extensions()
 
     return {

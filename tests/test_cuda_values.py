@@ -1,4 +1,4 @@
-"""The `cuda` backend against the reference: on a GPU where there is one, else its kernels' emulation on the CPU."""
+"""The `cuda` backend against the reference: on a GPU where there is one, else its emulation on the CPU."""
 
 import math
 from itertools import pairwise
@@ -33,7 +33,7 @@ OPS: dict[str, Any] = {
     "add": lambda C: Twice(C),
     "flatten": lambda C: nn.Sequential(Rows(C), nn.Flatten()),
 }
-# examples, width: ones, odd ones, one past a vector, past a tile of 4 x 4 numbers and past a warp, those of models
+# examples, width: a one, odd ones, one past a vector, a model's, one past a warp
 SIZES = [(2, 1), (3, 5), (5, 17), (10, 40), (33, 49)]
 
 
@@ -186,8 +186,8 @@ def test_bytes() -> None:
 
     N, Q, widths = 10, 6, (3, 40, 24, 2)
     weights = sum(o * row(i) + row(o) for i, o in pairwise(widths))
-    # in the dual sweep: x; what is alive at the end of the forward pass, values of hidden layers and output with
-    # tangents; and the first gradients
+    # in the dual sweep: x; what is alive at the end of the forward pass, hidden values with tangents; and
+    # the first gradients
     fixed = 2 * weights + N * row(3) + 4 * math.ceil(N / 4) + 64
     hidden = 2 * N * (row(40) + row(24))
     need = bytes_of(mlp(*widths, act=nn.ReLU), N, Q, 3)

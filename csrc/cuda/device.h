@@ -24,6 +24,8 @@ inline int devices() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+// This runtime has a current device of its own, besides that of torch's.
+inline int use(int device) { return cudaSetDevice(device); }
 inline const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
 template <class... Parameters, class... Arguments>

@@ -4,24 +4,9 @@
 #include <cstring>
 
 #include "plan.h"
-#include "task.cuh"
+#include "run.h"
 
 #define FASTMAML_ENTRY extern "C" __attribute__((visibility("default")))
-
-namespace fastmaml::cuda {
-
-template <class T>
-int run(const Table& table, const Call& call, const Sums& sums, void* stream) {
-  int error = launch(inner_loop_kernel<T>, unsigned(call.T), unsigned(table.threads),
-                     table.numbers * int(sizeof(T)), stream, table, call);
-  int64_t size = 0;
-  for (int i = 0; i < sums.count; ++i) size += sums.of[i].size;
-  if (!error && size > 0)
-    error = launch(sum_tasks_kernel<T>, unsigned((size + 255) / 256), 256u, 0, stream, sums);
-  return error;
-}
-
-}  // namespace fastmaml::cuda
 
 FASTMAML_ENTRY int64_t fastmaml_cuda_table_size() { return sizeof(fastmaml::cuda::Table); }
 
@@ -41,8 +26,10 @@ FASTMAML_ENTRY int fastmaml_cuda_plan(const char* program, const fastmaml::cuda:
 }
 
 FASTMAML_ENTRY int fastmaml_cuda_run(const fastmaml::cuda::Table* table, const fastmaml::cuda::Call* call,
-                                     const fastmaml::cuda::Sums* sums, int itemsize, void* stream) {
+                                     const fastmaml::cuda::Sums* sums, int itemsize, int device,
+                                     void* stream) {
   using namespace fastmaml::cuda;
+  if (const int error = use(device)) return error;
   return itemsize == 8 ? run<double>(*table, *call, *sums, stream) : run<float>(*table, *call, *sums, stream);
 }
 

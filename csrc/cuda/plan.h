@@ -218,7 +218,7 @@ class Planner {
       until(grad_end[o.out], parameters);
       for (int in : {o.in0, o.in1})
         if (in >= 0 && (t_.buffer[in].tangent || x_grad)) {
-          grad_begin[in] = std::min(grad_begin[in], data);
+          grad_begin[in] = data;  // its last reader comes last here, and first on the way back
           until(grad_end[in], in == 0 ? end : data);
         }
       if (o.kind == batch_norm || o.kind == layer_norm) {

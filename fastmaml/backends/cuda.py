@@ -89,7 +89,7 @@ def _load(path: str) -> ctypes.CDLL | None:
         return None
     for name, arguments in {
         "plan": [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_char_p],
-        "run": [*[ctypes.c_void_p] * 3, ctypes.c_int, ctypes.c_void_p],
+        "run": [*[ctypes.c_void_p] * 3, ctypes.c_int, ctypes.c_int, ctypes.c_void_p],
         "error": [ctypes.c_int],
         "shared_limit": [ctypes.c_int],
     }.items():
@@ -157,6 +157,12 @@ def misfit(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: 
     N, Q = sizes
     what = f"{N} support and {Q} query examples" if N else f"{Q} examples"
     return f"a task with {what} needs {need} bytes of shared memory, {need - most} more than a block can have"
+
+
+def _index(device: torch.device) -> int:
+    if EMULATED:
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
@@ -235,7 +241,7 @@ def run(q: Request) -> Result:
         raise RuntimeError(
             f"backend 'cuda' cannot run this: it needs {plan.bytes} bytes of shared memory, {most} are there"
         )
-    with nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device):
+    with nullcontext() if EMULATED else torch.cuda.device(x.device):
         return _run(q, plan, T, K, itemsize, adjoint)
 
 
@@ -278,9 +284,10 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
         *map(_pointer, (q.seed, q.grad_loss, stored)), sets,
         *map(_pointer, (out, loss, grads, grad_lr, grad_x_s, grad_x_q)),
     )  # fmt: skip
-    stream = None if x.device.type == "cpu" else torch.cuda.current_stream(x.device).cuda_stream
+    stream = None if EMULATED else torch.cuda.current_stream(x.device).cuda_stream
+    tables = plan.table, ctypes.byref(call), ctypes.byref(sums)
     library = _library()
-    error = library.fastmaml_cuda_run(plan.table, ctypes.byref(call), ctypes.byref(sums), itemsize, stream)
+    error = library.fastmaml_cuda_run(*tables, itemsize, _index(x.device), stream)
     if error:
         raise RuntimeError(f"backend 'cuda': {library.fastmaml_cuda_error(error).decode()}")
     if result.loss is not None and not q.per_task:

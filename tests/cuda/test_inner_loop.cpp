@@ -1,6 +1,6 @@
 // The CUDA kernels, run on the host, against the engine of csrc/cpu (whose own tests are tests/cpp): every
-// result of every kind of call, in double. Arguments: threads of a block; then `few` for what ThreadSanitizer
-// has time for.
+// result of every kind of call, in double. Arguments: threads of a block; n, to run every n-th call alone,
+// and in one order of the threads: sanitizers take their time.
 #include "cuda/emulation/device.h"
 //
 #include <cstdio>
@@ -9,7 +9,8 @@
 #include "../cpp/programs.h"
 #include "../cpp/threads.h"
 #include "cpu/request.h"
-#include "cuda/entry.h"
+#include "cuda/plan.h"
+#include "cuda/run.h"
 
 namespace fastmaml {
 void run_generic(const Request&);
@@ -68,6 +69,16 @@ const How all[] = {
     {"curvature", Tail::curvature, 0, 0, false, false, true, false, true},
 };
 
+// With some 20 examples: tiles of 4 x 4, and a second round of tiles.
+constexpr int64_t large_width = 70;
+Program large() {
+  programs::Net p(1, 9);
+  const int64_t h = p.norm(Kind::layer_norm, p.linear(0, large_width), 0.1, true);
+  p.fold(0.1);
+  p.linear(p.activation(Kind::tanh, p.linear(h, large_width)), 3);
+  return p;
+}
+
 struct Results {
   Vector out, loss, grads, grad_lr, grad_x_s, grad_x_q;
 };
@@ -79,8 +90,10 @@ struct Data {
   std::vector<int64_t> class_s, class_q;
 };
 
-Data draw(const Program& p, const How& how) {
+Data draw(const Program& p, const How& how, int64_t T) {
   Data d;
+  d.T = T;
+  if (p.buffers[p.ops.empty() ? 0 : p.ops[0].out].C == large_width) d.N = 21, d.Q = 23;
   const int64_t x = p.buffers[0].R * p.buffers[0].C, y = p.buffers[p.output].R * p.buffers[p.output].C;
   for (std::size_t i = 0; i < p.params.size(); ++i) {
     const bool own = how.own && i % 2 == 0;
@@ -193,9 +206,9 @@ Results on_cuda(const Program& p, const How& how, const Data& d, int64_t threads
   Vector total(p.P, std::numeric_limits<double>::quiet_NaN());
   cuda::Sums sums{};
   sums.T = d.T;
-  if (w.grads) sums.of[sums.count++] = {c.grads, total.data(), p.P};
+  if (w.grads && d.T > 1) sums.of[sums.count++] = {c.grads, total.data(), p.P};
   if (cuda::run<double>(table, c, sums, nullptr)) fail("error", 1, 0);
-  for (int64_t i = 0; i < p.P && w.grads; ++i) {
+  for (int64_t i = 0; i < p.P && sums.count; ++i) {
     double sum = 0;
     for (int64_t t = 0; t < d.T; ++t) sum += r.grads[t * p.P + i];
     if (!(total[i] == sum)) fail("sum over tasks", total[i], sum);
@@ -204,9 +217,9 @@ Results on_cuda(const Program& p, const How& how, const Data& d, int64_t threads
 }
 
 void check_call(const std::string& name, Program p, const How& how, int64_t threads,
-                const std::vector<const char*>& orders, bool smoothing) {
+                const std::vector<const char*>& orders, bool smoothing, int64_t T) {
   p.label_smoothing = smoothing ? 0.1 : 0;
-  const Data d = draw(p, how);
+  const Data d = draw(p, how, T);
   const Results wanted = on_cpu(p, how, d);
   Results first;
   for (const char* order : orders) {
@@ -225,20 +238,11 @@ void check_call(const std::string& name, Program p, const How& how, int64_t thre
   }
 }
 
-// Tiles of 4 x 4, and a block's second round of tiles.
-Program large() {
-  programs::Net p(1, 9);
-  const int64_t h = p.norm(Kind::layer_norm, p.linear(0, 70), 0.1, true);
-  p.fold(0.1);
-  p.linear(p.activation(Kind::tanh, p.linear(h, 70)), 3);
-  return p;
-}
-
 }  // namespace
 
 int main(int count, char** arguments) {
   const int64_t threads = count > 1 ? std::atoi(arguments[1]) : 0;
-  const bool few = count > 2;
+  const int nth = count > 2 ? std::atoi(arguments[2]) : 1;
   using namespace programs;
   const std::pair<const char*, Program> models[] = {
       {"mlp", mlp(4)},        {"norms", norms(5)},
@@ -249,16 +253,16 @@ int main(int count, char** arguments) {
       {"large", large()},
   };
   std::vector<const char*> orders = {"forward", "reverse", "random:1"};
-  if (few) orders = {"forward"};
+  if (nth > 1) orders = {"forward"};
   int number = 0;
   for (const auto& [name, model] : models) {
     for (const How& how : all) {
       ++number;
-      if (few && number % 9 != 0) continue;
+      if (number % nth != 0) continue;
       Program p = model;
       p.loss = number % 2 ? fastmaml::Loss::mse : fastmaml::Loss::cross_entropy;
       if (p.buffers[p.output].R > 1) p.loss = fastmaml::Loss::mse;
-      check_call(name, p, how, threads, orders, number % 4 == 0);
+      check_call(name, p, how, threads, orders, number % 4 == 0, nth > 5 ? 1 : 2);
     }
   }
   std::printf("ok\n");

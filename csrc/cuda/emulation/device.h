@@ -247,6 +247,7 @@ FASTMAML_DEVICE T* shared() {
 // that of sm_90 and sm_100
 inline int shared_limit(int) { return 227 << 10; }
 inline int devices() { return 0; }
+inline int use(int) { return 0; }
 inline const char* error_text(int) { return "the emulation has no such error"; }
 
 template <class... Parameters, class... Arguments>
