@@ -109,7 +109,7 @@ def test_op(op: str, size: tuple[int, int], plenty: None) -> None:
     compare(model, run, smooth=op not in ("leaky_relu", "batch_norm"))
 
 
-def mlp(*widths: int, norm: bool = False, act=nn.Tanh) -> nn.Sequential:
+def mlp(*widths: int, norm: bool = False, act: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), *([nn.BatchNorm1d(o)] if norm else []), act()]

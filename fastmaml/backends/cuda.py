@@ -127,7 +127,11 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
     """None, or the reason why this backend cannot run the problem, whatever the number of examples."""
     if device.type != ("cpu" if EMULATED else "cuda"):
         return f"it takes {'CPU tensors here' if EMULATED else 'CUDA tensors'}, not {device.type}"
-    return available() or cpu.encode(problem, dtype)
+    if why := available():
+        return why
+    if not EMULATED and (has := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0, this one has {has[0]}.{has[1]}"
+    return cpu.encode(problem, dtype)
 
 
 class Sizes(NamedTuple):
@@ -195,7 +199,7 @@ class _Plan(NamedTuple):
 def _plan(problem: "Problem", itemsize: int, **sizes: int) -> _Plan:
     threads = int(
         os.environ.get("FASTMAML_CUDA_THREADS", "0")
-    )  # for tests: a small block shows a race sooner
+    )  # of a block, for tests; 0: as suits the sizes
     key = "cuda plan", itemsize, threads, *sizes.items()
     if key not in problem.memo:
         library = _library()
@@ -246,7 +250,8 @@ def run(q: Request) -> Result:
 
 
 def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) -> Result:
-    x, problem = q.like, q.problem
+    x, problem, program = q.like, q.problem, q.problem.program
+    assert program is not None
     P = problem.layouts[itemsize][1]
     result, sums, kept = Result(), _Sums(T=T), []
 
@@ -264,7 +269,7 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
         return each
 
     summed, n = q.rows == 1 and not q.per_task, 0 if q.query is None else q.query.x.shape[1]
-    shape = (P,) if q.tail == "weights" else (n, *problem.program.buffers[problem.program.output])
+    shape = (P,) if q.tail == "weights" else (n, *program.buffers[program.output])
     out = rows("out", *shape)
     loss = rows("loss", summed=not q.per_task)
     grads = rows("params", P, summed=summed)
@@ -274,7 +279,7 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
     grad_x_q = rows("x_q", *q.query.x.shape[1:], make=x.new_zeros) if q.query else None
 
     every = q.checkpoint_every if 0 < q.checkpoint_every < K else max(K, 1)
-    sets = (K - 1) // every + every - 1 if adjoint and K > 0 else 0
+    sets = (K - 1) // every + every - 1 if adjoint and K > 0 else 0  # as Task::stored in csrc/cuda/task.cuh
     stored = x.new_empty(T, sets, plan.P) if sets else None
     weights = _step_weights(problem, q.step_weights, x) if q.step_weights else None
     call = _Call(
