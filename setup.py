@@ -64,6 +64,16 @@ def architectures(nvcc: str) -> list[str]:
     return arguments
 
 
+def runtime(nvcc: str) -> str:
+    """The folder of CUDA's static runtime: by nvcc, which may be a link, or a script that calls another."""
+    homes = [Path(os.path.realpath(nvcc)).parents[1], Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    folders = [home / lib for home in homes for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    found = next((str(f) for f in folders if (f / "libcudart_static.a").exists()), None)
+    if found is None:
+        raise SystemExit(f"no libcudart_static.a near {nvcc}: set CUDA_HOME, or FASTMAML_CUDA=0")
+    return found
+
+
 KERNELS = "build/cuda/inner_loop.o"
 
 
@@ -110,9 +120,8 @@ def extension() -> dict:
         def build_extensions(self) -> None:
             if nvcc := find_nvcc():
                 compile_kernels(nvcc)
-                home = Path(os.path.realpath(nvcc)).parents[1]
                 module.extra_objects.append(KERNELS)
-                module.library_dirs += [str(home / "lib64"), str(home / "lib")]
+                module.library_dirs.append(runtime(nvcc))
                 module.libraries += ["cudart_static", "rt", "dl", "pthread"]
                 # its calls must not end in another runtime that the process has
                 module.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")

@@ -18,7 +18,7 @@ pytestmark = [
 
 def test_float64() -> None:
     # by the seed that a test's name gives, these are other draws than those of the other backends
-    @settings(CHECK, max_examples=40)
+    @settings(CHECK, max_examples=25)
     @given(
         case=cases(max_width=24), function=st.sampled_from(FUNCTIONS + 3 * [meta_loss]), knobs=st.booleans()
     )
