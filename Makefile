@@ -82,12 +82,12 @@ lint: setup $(V)/.dev
 	$(V)/bin/ruff check .
 	$(V)/bin/ruff format --check .
 	$(V)/bin/pyright
-	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp)
 
 format: setup $(V)/.dev
 	$(V)/bin/ruff check --fix-only .
 	$(V)/bin/ruff format .
-	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp)
 
 # The C++ tests drive the engine, csrc/cpu, without torch: its variant for 16-byte vectors, and the products on
 # the matrix unit, once per sanitizer.
