@@ -9,13 +9,14 @@ ARGS ?=
 
 V := .venv
 PIP := $(V)/bin/python -m pip install --disable-pip-version-check
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CUDA := $(wildcard csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulation/*)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) $(CUDA)
 CPP_TESTS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/test_*.cpp))
 
 # torch finds ninja by PATH
 export PATH := $(CURDIR)/$(V)/bin:$(PATH)
 
-.PHONY: setup test demo bench gpu gpu-static lint format sanitize wheel check-wheel clean
+.PHONY: setup test emulation demo bench gpu gpu-static lint format sanitize wheel check-wheel clean
 
 setup: $(V)/.built
 
@@ -41,8 +42,18 @@ $(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed
 	FASTMAML_CPP=0 $(PIP) --quiet --no-build-isolation -e ".[$*]"
 	touch $@
 
-test: setup
+test: setup emulation
 	$(V)/bin/python -m pytest $(ARGS)
+
+# The CUDA kernels for the CPU, which FASTMAML_EMULATE=1 takes: for tests where there is no GPU.
+EMULATION := build/emulation/libfastmaml_cuda.so
+EMULATION_FLAGS := -std=c++17 -O2 -fPIC -shared -fvisibility=hidden -pthread
+
+emulation: $(EMULATION)
+
+$(EMULATION): $(CUDA) csrc/program.h
+	@mkdir -p $(@D)
+	$(CXX) $(EMULATION_FLAGS) csrc/cuda/emulation/inner_loop.cpp -o $@
 
 demo: setup
 	$(V)/bin/fastmaml demo $(ARGS)
@@ -71,12 +82,12 @@ lint: setup $(V)/.dev
 	$(V)/bin/ruff check .
 	$(V)/bin/ruff format --check .
 	$(V)/bin/pyright
-	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp)
 
 format: setup $(V)/.dev
 	$(V)/bin/ruff check --fix-only .
 	$(V)/bin/ruff format .
-	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp)
 
 # The C++ tests drive the engine, csrc/cpu, without torch: its variant for 16-byte vectors, and the products on
 # the matrix unit, once per sanitizer.

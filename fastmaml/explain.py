@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from . import forms
 from .arguments import check_count
-from .backends import BACKENDS, Problem, problem_for
+from .backends import BACKENDS, Problem, problem_for, why_not
+from .backends.cuda import Sizes
 from .losses import resolve
 from .optimizers import SGD, counted_weights, update_rule
 from .program import Op, Program
@@ -42,11 +43,11 @@ def explain(
     if not isinstance(x, Tensor) or x.dim() < 2:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must have shape [T, N, ...], got {got}")
+    check_count("queries", queries, 1)
     problem = problem_for(model, tuple(x.shape[2:]), None if loss is None else resolve(loss))
-    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x)]
+    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries)]
     if steps is not None:
         check_count("steps", steps, 0)
-        check_count("queries", queries, 1)
         T, N = x.shape[:2]
         losses = forms.query_losses(counted_weights(step_weights, steps))
         sizes = forms.Sizes(T, N, queries or N, steps, losses, bool(update_rule(optimizer)))
@@ -86,9 +87,11 @@ def _batch(shape: tuple[int, ...]) -> str:
     return f"[N{''.join(f', {n}' for n in shape)}]"
 
 
-def _backend_lines(problem: Problem, x: Tensor) -> list[str]:
-    reasons = {name: backend.supports(problem, x.device, x.dtype) for name, backend in BACKENDS.items()}
+def _backend_lines(problem: Problem, x: Tensor, queries: int | None) -> list[str]:
+    N = x.shape[1]
+    sizes = Sizes(0, N) if problem.loss is None else Sizes(N, queries or N)
     forced = os.environ.get("FASTMAML_BACKEND")
+    reasons = {name: why_not(name, problem, x.device, x.dtype, sizes) for name in BACKENDS}
     able = (name for name, why in reasons.items() if why is None and not BACKENDS[name].EMULATED)
     chosen = forced or next(able, "none")
     on = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"

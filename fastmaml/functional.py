@@ -41,6 +41,7 @@ from .autograd import (
     views_of,
 )
 from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
+from .backends.cuda import Sizes
 from .forms import query_losses
 from .losses import CrossEntropy
 from .optimizers import counted_weights, update_rule
@@ -105,7 +106,9 @@ def inner_loop(
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, may_be_factored=True)
+    problem, name, x, ws = _enter(
+        model, params, x, loss, backend, chunk_tasks, may_be_factored=True, queries=1
+    )
     y = target(problem, y, x, "y")
     rates, rule = step_sizes(problem, lr, steps, x), update_rule(optimizer)
     if fast_weights not in (None, "dense") or factors.places(ws):
@@ -181,7 +184,8 @@ def _enter_meta(
     seen = None if torch.compiler.is_compiling() else signature(params, x_s, y_s, x_q, y_q)
     if seen:
         check_count("chunk_tasks", chunk_tasks, 1)
-        problem, name = prepare(model, tuple(x_s.shape[2:]), loss, x_s.device, x_s.dtype, backend)
+        sizes = Sizes(x_s.shape[1], x_q.shape[1])
+        problem, name = prepare(model, tuple(x_s.shape[2:]), loss, x_s.device, x_s.dtype, backend, sizes)
         if problem.memo.get("seen") == seen:
             if problem.program and isinstance(problem.loss, CrossEntropy):
                 classes = problem.program.buffers[problem.program.output][-1]
@@ -196,7 +200,9 @@ def _enter_meta(
                 if fast_weights is None:
                     known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
-    problem, name, x_s, ws = _enter(model, params, x_s, loss, backend, chunk_tasks, "support x")
+    problem, name, x_s, ws = _enter(
+        model, params, x_s, loss, backend, chunk_tasks, "support x", queries=_examples(x_q)
+    )
     x_q = check_x("query x", x_q)
     check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
     if x_q.dtype is not x_s.dtype or x_q.device != x_s.device:
@@ -234,11 +240,14 @@ def _enter(
     name: str = "x",
     *,
     may_be_factored: bool = False,
+    queries: int = 0,  # query examples, where there are support examples, x
 ) -> tuple[Problem, str, Tensor, list[Any]]:
     """Problem, backend, and the checked x and parameters in order."""
     x = check_x(name, x)
     check_count("chunk_tasks", chunk, 1)
-    problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend)
+    sizes = Sizes(x.shape[1], queries) if queries else Sizes(0, x.shape[1])
+    known = None if torch.compiler.is_compiling() else sizes
+    problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend, known)
     _check_norms(problem, x)
     ws = parameters(problem, params, x)
     if not may_be_factored and (where := factors.places(ws)):
@@ -247,6 +256,11 @@ def _enter(
             f"apply and inner_loop take factored weights, this does not: give {names} as .dense()"
         )
     return problem, runs, x, ws
+
+
+def _examples(x: Any) -> int:
+    """Of each task, of an x that is not checked yet."""
+    return x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 1
 
 
 def _check_norms(problem: Problem, x: Tensor) -> None:

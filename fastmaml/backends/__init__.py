@@ -15,10 +15,10 @@ from torch import nn
 from .. import forms
 from ..losses import Loss, resolve
 from ..program import Program, Unsupported, trace
-from . import cpu, torch, triton  # the backends here, which hide the libraries of that name
+from . import cpu, cuda, torch, triton  # the backends here, which hide the libraries of that name
 
 # in order of preference
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "cpu": cpu, "torch": torch}
+BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "cpu": cpu, "torch": torch}
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +115,14 @@ def prepare(
     device: Device,
     dtype: DType,
     name: str | None,
+    sizes: cuda.Sizes | None = None,
 ) -> tuple[Problem, str]:
-    """The Problem and the name of the backend that runs it. `loss` may be a name, a Loss, or None."""
+    """The Problem and the name of the backend that runs it. `loss` may be a name, a Loss, or None.
+
+    sizes: of the call, None within torch.compile
+    """
     problem = problem_for(model, example_shape, None if loss is None else resolve(loss))
-    chosen = choose(problem, device, dtype, name)
+    chosen = choose(problem, device, dtype, name, sizes)
     return problem, next(n for n, backend in BACKENDS.items() if backend is chosen)
 
 
@@ -157,23 +161,38 @@ factored_weights_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
-def choose(problem: Problem, device: Device, dtype: DType, name: str | None = None) -> ModuleType:
+def why_not(
+    name: str, problem: Problem, device: Device, dtype: DType, sizes: cuda.Sizes | None
+) -> str | None:
+    """None, or why the backend of that name cannot run a call of these sizes."""
+    why = BACKENDS[name].supports(problem, device, dtype)
+    return cuda.misfit(problem, device, dtype, sizes) if name == "cuda" and why is None else why
+
+
+def choose(
+    problem: Problem,
+    device: Device,
+    dtype: DType,
+    name: str | None = None,
+    sizes: cuda.Sizes | None = None,
+) -> ModuleType:
     """The backend of that name (or of FASTMAML_BACKEND), else the first that can.
 
     Raises ValueError for an unknown name, RuntimeError with the reasons when the named one, or none, can.
     """
     name = name or os.environ.get("FASTMAML_BACKEND") or None
-    if (name, device, dtype) in problem.memo:
-        return problem.memo[name, device, dtype]
+    key = (name, device, dtype, sizes) if name == "cuda" or device.type == "cuda" else (name, device, dtype)
+    if key in problem.memo:
+        return problem.memo[key]
     if name is not None:
         if name not in BACKENDS:
             raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
-        if why := BACKENDS[name].supports(problem, device, dtype):
+        if why := why_not(name, problem, device, dtype, sizes):
             raise RuntimeError(f"backend {name!r} cannot run this: {why}")
         chosen = BACKENDS[name]
     else:
         reasons = {
-            n: "it is emulated here: to be named" if b.EMULATED else b.supports(problem, device, dtype)
+            n: "it is emulated here: to be named" if b.EMULATED else why_not(n, problem, device, dtype, sizes)
             for n, b in BACKENDS.items()
         }
         first = next((n for n, why in reasons.items() if why is None), None)
@@ -185,7 +204,7 @@ def choose(problem: Problem, device: Device, dtype: DType, name: str | None = No
             _warned.add(problem.model)
             why = "; ".join(f"{n}: {why}" for n, why in reasons.items() if why)
             warnings.warn(f"fastmaml falls back to its torch backend ({why})", stacklevel=4)
-    problem.memo[name, device, dtype] = chosen
+    problem.memo[key] = chosen
     return chosen
 
 
@@ -198,8 +217,9 @@ class BackendInfo:
 
 def backends() -> list[BackendInfo]:
     """Every backend, in order of preference, and whether this installation has it."""
-    why, why_triton = cpu.available(), triton.available()
+    why, why_triton, why_cuda = cpu.available(), triton.available(), cuda.available()
     return [
+        BackendInfo("cuda", why_cuda is None, why_cuda or cuda.note()),
         BackendInfo("triton", why_triton is None, why_triton or triton.note()),
         BackendInfo("cpu", why is None, why or f"C++ kernels, {cpu.isa()}"),
         BackendInfo("torch", True, "torch.func, any module and loss, any device"),

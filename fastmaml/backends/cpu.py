@@ -61,6 +61,11 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
         return _WHY_ABSENT
     if device.type != "cpu":
         return f"it takes CPU tensors, not {device.type}"
+    return encode(problem, dtype)
+
+
+def encode(problem: "Problem", dtype: torch.dtype) -> str | None:
+    """Fills problem.encoded, or says why csrc/ has no kernels for the problem, on the CPU or a GPU."""
     if dtype not in (torch.float32, torch.float64):
         return f"it takes float32 and float64, not {dtype}"
     if problem.program is None:
@@ -70,7 +75,7 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
     if isinstance(problem.loss, CrossEntropy) and len(problem.program.buffers[problem.program.output]) != 1:
         return "cross entropy takes outputs [N, C] here"
     if not problem.encoded:  # here, where torch.compile does not look on
-        problem.encoded.update({itemsize: _encode(problem, itemsize) for itemsize in (4, 8)})
+        problem.encoded.update({itemsize: _text(problem, itemsize) for itemsize in (4, 8)})
     return None
 
 
@@ -99,7 +104,7 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
-def _encode(problem: "Problem", itemsize: int) -> str:
+def _text(problem: "Problem", itemsize: int) -> str:
     """The program as the text that csrc/program.h decodes: one argument costs less than sixty."""
     program = problem.program
     assert program is not None

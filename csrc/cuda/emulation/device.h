@@ -1,0 +1,268 @@
+// Runs the kernels' source on the host, for tests: every thread of a block as a fiber of one thread of the
+// machine, switched at barriers and shuffles; or, with FASTMAML_EMULATE_THREADS, as a thread of its own, for
+// ThreadSanitizer. Blocks run one after another.
+//
+// What it finds besides wrong values: threads that wait at different barriers or leave one out; what is read
+// of shared memory before it is written (it starts as NaN); under sanitizers, accesses out of bounds,
+// misaligned ones, and races within a block.
+#pragma once
+#include <math.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#ifdef FASTMAML_EMULATE_THREADS
+#  include <pthread.h>
+#else
+#  include <ucontext.h>
+
+#  include <csetjmp>
+#endif
+
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define FASTMAML_DEVICE inline
+
+namespace fastmaml::emulation {
+
+struct Index {
+  unsigned x = 0;
+};
+
+// One shuffle at a time: each lane leaves a number, waits for the others, takes another's, and waits again.
+// Relaxed atomics order nothing for ThreadSanitizer, as a shuffle orders no memory.
+struct Warp {
+  std::atomic<unsigned> arrived{0}, turn{0};
+  std::atomic<uint64_t> left[32];
+};
+
+enum class State { running, at_barrier, in_warp, finished };
+
+struct Thread {
+  Index index, block, threads;
+  Warp* warp = nullptr;
+  State state = State::running;
+  int line = 0;  // of the barrier that it waits at
+#ifndef FASTMAML_EMULATE_THREADS
+  ucontext_t context;
+  jmp_buf jump;
+  bool started = false;
+#endif
+};
+
+inline thread_local Thread* current = nullptr;
+inline std::vector<char> memory;  // the block's shared memory, on a boundary of 16 bytes from `shared_at` on
+inline char* shared_at = nullptr;
+inline std::mutex one_launch;
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "fastmaml emulation: %s\n", what.c_str());
+  std::abort();
+}
+
+// Fills shared memory with NaN. It is allocated to the byte, so that AddressSanitizer sees what lies beyond.
+inline void reset_shared(std::size_t bytes) {
+  memory.assign(bytes, static_cast<char>(0xff));
+  shared_at = memory.data();
+  if (bytes && reinterpret_cast<uintptr_t>(shared_at) % 16) fail("shared memory is not aligned");
+}
+
+#ifdef FASTMAML_EMULATE_THREADS
+inline pthread_barrier_t barrier;
+inline void wait_for_block(int) { pthread_barrier_wait(&barrier); }
+inline void yield() { std::this_thread::yield(); }
+#else
+inline std::function<void()> body;
+inline std::vector<std::vector<char> > stacks;  // kept from one launch to the next
+#  ifdef __SANITIZE_ADDRESS__  // it does not like longjmp from one stack to another; swapcontext is slower
+inline ucontext_t scheduler;
+inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void resume(Thread& t) {
+  current = &t;
+  swapcontext(&scheduler, &t.context);
+}
+#  else
+inline jmp_buf scheduler;
+inline void yield() {
+  if (!_setjmp(current->jump)) _longjmp(scheduler, 1);
+}
+inline void resume(Thread& t) {
+  current = &t;
+  if (_setjmp(scheduler)) return;
+  if (t.started) _longjmp(t.jump, 1);
+  t.started = true;
+  setcontext(&t.context);
+}
+#  endif
+inline void wait_for_block(int line) {
+  current->state = State::at_barrier;
+  current->line = line;
+  yield();
+}
+inline void fiber() {
+  for (;;) {
+    body();
+    current->state = State::finished;
+    yield();
+  }
+}
+#endif
+
+inline void wait_for_warp() {
+  Warp& w = *current->warp;
+  const unsigned turn = w.turn.load(std::memory_order_relaxed);
+  if (w.arrived.fetch_add(1, std::memory_order_relaxed) + 1 == 32) {
+    w.arrived.store(0, std::memory_order_relaxed);
+    w.turn.store(turn + 1, std::memory_order_relaxed);
+    return;
+  }
+  current->state = State::in_warp;
+  while (w.turn.load(std::memory_order_relaxed) == turn) yield();
+  current->state = State::running;
+}
+
+// of all 32 lanes
+template <class T>
+T shuffle_xor(T v, unsigned mask) {
+  Warp& w = *current->warp;
+  const unsigned lane = current->index.x % 32;
+  uint64_t bits = 0;
+  std::memcpy(&bits, &v, sizeof(T));
+  w.left[lane].store(bits, std::memory_order_relaxed);
+  wait_for_warp();
+  bits = w.left[lane ^ mask].load(std::memory_order_relaxed);
+  wait_for_warp();
+  std::memcpy(&v, &bits, sizeof(T));
+  return v;
+}
+
+#ifdef FASTMAML_EMULATE_THREADS
+inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
+                       const std::function<void()>& f) {
+  pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(all.size()));
+  for (unsigned b = 0; b < blocks; ++b) {
+    reset_shared(bytes);
+    std::vector<std::thread> running;
+    for (Thread& t : all)
+      running.emplace_back([&f, &t, b] {
+        current = &t;
+        t.block.x = b;
+        f();
+      });
+    for (std::thread& t : running) t.join();
+  }
+  pthread_barrier_destroy(&barrier);
+}
+#else
+// The order in which threads run between two barriers: FASTMAML_EMULATE_ORDER, forward, reverse, or
+// random:SEED.
+struct Order {
+  std::vector<std::size_t> threads;
+  std::mt19937 generator;
+  bool random = false;
+
+  explicit Order(std::size_t n) : threads(n) {
+    const char* const given = std::getenv("FASTMAML_EMULATE_ORDER");
+    const std::string name = given ? given : "forward";
+    for (std::size_t i = 0; i < n; ++i) threads[i] = name == "reverse" ? n - 1 - i : i;
+    random = name.rfind("random:", 0) == 0;
+    if (random) generator.seed(static_cast<unsigned>(std::strtoul(name.c_str() + 7, nullptr, 10)));
+    if (!random && name != "forward" && name != "reverse")
+      fail("FASTMAML_EMULATE_ORDER must be forward, reverse or random:SEED, got " + name);
+  }
+  const std::vector<std::size_t>& next() {
+    if (random) std::shuffle(threads.begin(), threads.end(), generator);
+    return threads;
+  }
+};
+
+// Runs every thread to its next barrier, or to its end: true if that was the end of all.
+inline bool run_to_barrier(std::vector<Thread>& all, Order& order) {
+  for (bool again = true; again;) {
+    again = false;
+    for (std::size_t i : order.next()) {
+      Thread& t = all[i];
+      if (t.state == State::at_barrier || t.state == State::finished) continue;
+      resume(t);
+      again |= t.state == State::in_warp;
+    }
+  }
+  for (Thread& t : all) {
+    if (t.state != all[0].state) fail("some threads ended, others wait at a barrier");
+    if (t.line != all[0].line) fail("threads wait at different barriers");
+  }
+  if (all[0].state == State::finished) return true;
+  for (Thread& t : all) t.state = State::running;
+  return false;
+}
+
+inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
+                       const std::function<void()>& f) {
+  Order order(all.size());
+  body = f;
+  stacks.resize(std::max(stacks.size(), all.size()));
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    Thread& t = all[i];
+    stacks[i].resize(256 << 10);
+    getcontext(&t.context);
+    t.context.uc_stack.ss_sp = stacks[i].data(), t.context.uc_stack.ss_size = stacks[i].size();
+    t.context.uc_link = nullptr;
+    makecontext(&t.context, fiber, 0);
+  }
+  for (unsigned b = 0; b < blocks; ++b) {
+    reset_shared(bytes);
+    for (Thread& t : all) t.block.x = b, t.state = State::running, t.line = 0;
+    while (!run_to_barrier(all, order)) {
+    }
+  }
+}
+#endif
+
+}  // namespace fastmaml::emulation
+
+#define threadIdx (fastmaml::emulation::current->index)
+#define blockIdx (fastmaml::emulation::current->block)
+#define blockDim (fastmaml::emulation::current->threads)
+#define __syncthreads() fastmaml::emulation::wait_for_block(__LINE__)
+#define __shfl_xor_sync(mask, v, lanes) fastmaml::emulation::shuffle_xor(v, lanes)
+
+namespace fastmaml::cuda {
+
+template <class T>
+FASTMAML_DEVICE T* shared() {
+  return reinterpret_cast<T*>(emulation::shared_at);
+}
+
+// that of sm_90 and sm_100
+inline int shared_limit(int) { return 227 << 10; }
+inline int devices() { return 0; }
+inline int use(int) { return 0; }
+inline const char* error_text(int) { return "the emulation has no such error"; }
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int bytes, void*,
+           const Arguments&... arguments) {
+  const std::lock_guard<std::mutex> alone(emulation::one_launch);
+  if (threads % 32) emulation::fail("a block must be whole warps");
+  std::vector<emulation::Warp> warps(threads / 32);
+  std::vector<emulation::Thread> all(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    all[i].index.x = i, all[i].threads.x = threads;
+    all[i].warp = &warps[i / 32];
+  }
+  emulation::run_blocks(blocks, all, static_cast<std::size_t>(bytes), [&] { kernel(arguments...); });
+  return 0;
+}
+
+}  // namespace fastmaml::cuda

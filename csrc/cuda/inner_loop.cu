@@ -1,0 +1,4 @@
+// The kernels for the GPU, compiled by nvcc.
+#include "device.h"
+//
+#include "entry.h"

@@ -1,0 +1,331 @@
+"""The `cuda` backend: one launch runs the whole inner loop, the tail and the adjoint, a block for each task.
+
+The weights of a task and the activations of one step lie in the block's shared memory, so networks must be
+small: `misfit` says by how much one is too large. The formulas are in csrc/cuda/<op>.cuh, the recursion in
+csrc/cuda/task.cuh. The kernels are called by ctypes, in the library that nvcc made; or, for tests, on CPU
+tensors in one that a host compiler made of the same source (`make emulation`): FASTMAML_EMULATE=1, set before
+fastmaml is imported, takes that.
+"""
+
+import ctypes
+import importlib
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from . import torch as torch_backend
+from .request import Examples, Functions, Request, Result
+
+if TYPE_CHECKING:
+    from . import Problem
+
+_TAILS = {"weights": 0, "output": 1, "loss": 2, "curvature": 3}
+_EMULATION = Path(__file__).parents[2] / "build" / "emulation" / "libfastmaml_cuda.so"
+
+# csrc/cuda/table.h and plan.h have the same
+_MOST_PARAMS, _MOST_SUMS = 64, 3
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("itemsize", "N", "Q", "adjoint", "dual_step", "curvature", "x_s", "x_q", "lr", "threads")
+    ]
+
+
+class _Set(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "target", "weight")] + [("n", ctypes.c_int64)]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *[(name, ctypes.c_int64) for name in ("T", "K", "S", "every", "tail", "first_order")],
+        ("scale", ctypes.c_double),
+        ("params", ctypes.c_void_p * _MOST_PARAMS),
+        ("own", ctypes.c_int64 * _MOST_PARAMS),
+        *[(name, ctypes.c_void_p) for name in ("lr", "step_weights")],
+        *[(name, _Set) for name in ("support", "query")],
+        *[(name, ctypes.c_void_p) for name in ("seed", "grad_loss", "stored")],
+        ("stored_sets", ctypes.c_int64),
+        *[(name, ctypes.c_void_p) for name in ("out", "loss", "grads", "grad_lr", "grad_x_s", "grad_x_q")],
+    ]
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_void_p), ("total", ctypes.c_void_p), ("size", ctypes.c_int64)]
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = [("of", _Sum * _MOST_SUMS), ("count", ctypes.c_int64), ("T", ctypes.c_int64)]
+
+
+# 1, or the path of another library of the emulation
+_GIVEN = os.environ.get("FASTMAML_EMULATE", "0")
+# does it take CPU tensors, when named, to try the kernels without their device?
+EMULATED = _GIVEN not in ("", "0")
+
+
+def _path() -> str | None:
+    if EMULATED:
+        return str(_EMULATION) if _GIVEN == "1" else _GIVEN
+    try:
+        return importlib.import_module("fastmaml._C").__file__
+    except ImportError:
+        return None
+
+
+@cache
+def _load(path: str) -> ctypes.CDLL | None:
+    """The library with the kernels, None if the one at `path` has none."""
+    library = ctypes.CDLL(path)
+    if not hasattr(library, "fastmaml_cuda_run"):
+        return None
+    for name, arguments in {
+        "plan": [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_char_p],
+        "run": [*[ctypes.c_void_p] * 3, ctypes.c_int, ctypes.c_int, ctypes.c_void_p],
+        "error": [ctypes.c_int],
+        "shared_limit": [ctypes.c_int],
+    }.items():
+        getattr(library, f"fastmaml_cuda_{name}").argtypes = arguments
+    library.fastmaml_cuda_table_size.restype = ctypes.c_int64
+    library.fastmaml_cuda_error.restype = ctypes.c_char_p
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    path = _path()
+    library = _load(path) if path else None
+    assert library is not None
+    return library
+
+
+def available() -> str | None:
+    """None, or why this backend is absent."""
+    path = _path()
+    if EMULATED:
+        there = path and os.path.exists(path)
+        return None if there else f"FASTMAML_EMULATE is set, but there is no {path}: make emulation builds it"
+    if path is None or _load(path) is None:
+        return "fastmaml was built without its CUDA kernels: reinstall it with nvcc at hand"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def note() -> str:
+    if EMULATED:
+        return "CUDA kernels, compiled for the CPU: emulation, for tests"
+    return "CUDA kernels, one launch for all tasks, CUDA devices"
+
+
+def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or the reason why this backend cannot run the problem, whatever the number of examples."""
+    if device.type != ("cpu" if EMULATED else "cuda"):
+        return f"it takes {'CPU tensors here' if EMULATED else 'CUDA tensors'}, not {device.type}"
+    if why := available():
+        return why
+    if not EMULATED and (has := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0, this one has {has[0]}.{has[1]}"
+    return cpu.encode(problem, dtype)
+
+
+class Sizes(NamedTuple):
+    """The largest call of a function: N support examples and Q query examples.
+
+    With N = 0 it is one on the query set alone, with second derivatives.
+    """
+
+    N: int
+    Q: int
+
+
+def misfit(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str | None:
+    """Why a problem that it `supports` does not fit in shared memory, None if it does.
+
+    The bytes are those of `needed_bytes`, to the limit of the device.
+    """
+    if sizes is None:
+        return "it does not run within torch.compile"
+    try:
+        need = needed_bytes(problem, dtype.itemsize, sizes)
+    except ValueError as error:
+        return str(error)
+    most = shared_limit(device)
+    if need <= most:
+        return None
+    N, Q = sizes
+    what = f"{N} support and {Q} query examples" if N else f"{Q} examples"
+    return f"a task with {what} needs {need} bytes of shared memory, {need - most} more than a block can have"
+
+
+def _index(device: torch.device) -> int:
+    if EMULATED:
+        return 0
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def shared_limit(device: torch.device) -> int:
+    """The bytes of shared memory that a block of this device can have."""
+    index = (
+        0 if device.type == "cpu" else torch.cuda.current_device() if device.index is None else device.index
+    )
+    most = _library().fastmaml_cuda_shared_limit(index)
+    if most < 0:
+        raise RuntimeError(_library().fastmaml_cuda_error(-most).decode())
+    return most
+
+
+def needed_bytes(problem: "Problem", itemsize: int, sizes: Sizes) -> int:
+    """Of shared memory, by a task with gradients: two sets of weights (three where one is used twice, and for
+    second derivatives), the examples, and what is alive at once of the activations and their gradients and
+    tangents."""
+    N, Q = sizes
+    how = {"N": N, "Q": Q, "adjoint": 1, "dual_step": N > 0, "curvature": N == 0}
+    return _plan(problem, itemsize, **how).bytes
+
+
+class _Plan(NamedTuple):
+    table: ctypes.Array[ctypes.c_char]
+    bytes: int
+    P: int  # numbers of a set of weights
+
+
+def _plan(problem: "Problem", itemsize: int, **sizes: int) -> _Plan:
+    threads = int(
+        os.environ.get("FASTMAML_CUDA_THREADS", "0")
+    )  # of a block, for tests; 0: as suits the sizes
+    key = "cuda plan", itemsize, threads, *sizes.items()
+    if key not in problem.memo:
+        library = _library()
+        table = ctypes.create_string_buffer(library.fastmaml_cuda_table_size())
+        need, P, why = ctypes.c_int64(), ctypes.c_int64(), ctypes.create_string_buffer(256)
+        given = _Sizes(itemsize=itemsize, threads=threads, **{n: int(v) for n, v in sizes.items()})
+        text = problem.encoded[itemsize].encode()
+        out = ctypes.byref(need), ctypes.byref(P), why
+        if library.fastmaml_cuda_plan(text, ctypes.byref(given), table, *out):
+            raise ValueError(why.value.decode())
+        problem.memo[key] = _Plan(table, need.value, P.value)
+    return problem.memo[key]
+
+
+def _pointer(a: Tensor | None) -> int | None:
+    return None if a is None else a.data_ptr()
+
+
+def _set(examples: Examples | None) -> _Set:
+    if examples is None:
+        return _Set()
+    return _Set(*map(_pointer, examples), examples.x.shape[1])
+
+
+def run(q: Request) -> Result:
+    x, K = q.like, q.steps
+    T, itemsize = x.shape[0], x.element_size()
+    adjoint = not q.want.isdisjoint({"params", "lr", "x_s"})
+    plan = _plan(
+        q.problem,
+        itemsize,
+        N=0 if q.support is None or K == 0 else q.support.x.shape[1],
+        Q=0 if q.query is None else q.query.x.shape[1],
+        adjoint=adjoint,
+        dual_step=adjoint and K > 0 and not q.first_order,
+        curvature=q.tail == "curvature",
+        x_s="x_s" in q.want,
+        x_q="x_q" in q.want,
+        lr="lr" in q.want,
+    )
+    most = shared_limit(x.device)
+    if plan.bytes > most:
+        raise RuntimeError(
+            f"backend 'cuda' cannot run this: it needs {plan.bytes} bytes of shared memory, {most} are there"
+        )
+    with nullcontext() if EMULATED else torch.cuda.device(x.device):
+        return _run(q, plan, T, K, itemsize, adjoint)
+
+
+def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) -> Result:
+    x, problem, program = q.like, q.problem, q.problem.program
+    assert program is not None
+    P = problem.layouts[itemsize][1]
+    result, sums, kept = Result(), _Sums(T=T), []
+
+    def rows(name: str, *shape: int, make=x.new_empty, summed: bool = False) -> Tensor | None:
+        """The row of every task, of which `result` gets the sum if that is wanted."""
+        if name not in q.want:
+            return None
+        each = make((T, *shape))
+        total = x.new_empty((1, *shape)) if summed else each
+        if summed:
+            sums.of[sums.count] = _Sum(each.data_ptr(), total.data_ptr(), each[0].numel())
+            sums.count += 1
+            kept.append(each)
+        setattr(result, name, total)
+        return each
+
+    summed, n = q.rows == 1 and not q.per_task, 0 if q.query is None else q.query.x.shape[1]
+    shape = (P,) if q.tail == "weights" else (n, *program.buffers[program.output])
+    out = rows("out", *shape)
+    loss = rows("loss", summed=not q.per_task)
+    grads = rows("params", P, summed=summed)
+    S = 1 if q.lr is None or K == 0 else q.lr.shape[1]
+    grad_lr = rows("lr", K, S, make=x.new_zeros, summed=summed)
+    grad_x_s = rows("x_s", *q.support.x.shape[1:], make=x.new_zeros) if q.support else None
+    grad_x_q = rows("x_q", *q.query.x.shape[1:], make=x.new_zeros) if q.query else None
+
+    every = q.checkpoint_every if 0 < q.checkpoint_every < K else max(K, 1)
+    sets = (K - 1) // every + every - 1 if adjoint and K > 0 else 0  # as Task::stored in csrc/cuda/task.cuh
+    stored = x.new_empty(T, sets, plan.P) if sets else None
+    weights = _step_weights(problem, q.step_weights, x) if q.step_weights else None
+    call = _Call(
+        T, K, S, every, _TAILS[q.tail], q.first_order, q.scale,
+        (ctypes.c_void_p * _MOST_PARAMS)(*map(_pointer, q.params)), (ctypes.c_int64 * _MOST_PARAMS)(*q.own),
+        _pointer(q.lr), _pointer(weights), _set(q.support), _set(q.query),
+        *map(_pointer, (q.seed, q.grad_loss, stored)), sets,
+        *map(_pointer, (out, loss, grads, grad_lr, grad_x_s, grad_x_q)),
+    )  # fmt: skip
+    stream = None if EMULATED else torch.cuda.current_stream(x.device).cuda_stream
+    tables = plan.table, ctypes.byref(call), ctypes.byref(sums)
+    library = _library()
+    error = library.fastmaml_cuda_run(*tables, itemsize, _index(x.device), stream)
+    if error:
+        raise RuntimeError(f"backend 'cuda': {library.fastmaml_cuda_error(error).decode()}")
+    if result.loss is not None and not q.per_task:
+        result.loss = result.loss.view(())
+    return result
+
+
+def _step_weights(problem: "Problem", weights: Sequence[float], x: Tensor) -> Tensor:
+    """On the device, kept from one call to the next."""
+    key = "cuda step weights", weights, x.device, x.dtype
+    if key not in problem.memo:
+        problem.memo[key] = torch.tensor(weights, dtype=x.dtype, device=x.device)
+    return problem.memo[key]
+
+
+_functions = Functions(run)
+apply, apply_backward = _functions.apply, _functions.apply_backward
+value_and_grad, value_and_grad_backward = _functions.value_and_grad, _functions.value_and_grad_backward
+
+
+def _for(rule: Sequence[float]) -> Any:
+    """What runs an inner loop: momentum, weight decay and clipping have no kernels yet."""
+    return torch_backend if rule else _functions
+
+
+def inner_loop(problem, *args, rule=(), **how):
+    return _for(rule).inner_loop(problem, *args, rule=rule, **how)
+
+
+def inner_loop_backward(problem, *args, rule=(), **how):
+    return _for(rule).inner_loop_backward(problem, *args, rule=rule, **how)
+
+
+def meta_loss(problem, *args, rule=(), factored=(), **how):
+    # Weights that fit in shared memory gain nothing as factors, whose result would be the same.
+    return _for(rule).meta_loss(problem, *args, rule=rule, **({"factored": factored} if rule else {}), **how)

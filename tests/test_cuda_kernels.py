@@ -1,0 +1,188 @@
+"""The CUDA kernels' source on the CPU: against the engine of csrc/cpu, under sanitizers, with planted faults."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC, TEST = ROOT / "csrc", ROOT / "tests" / "cuda" / "test_inner_loop.cpp"
+COMPILE = [
+    "g++",
+    "-std=c++17",
+    "-O1",
+    "-DFASTMAML_INLINE=inline",
+    "-Wno-psabi",
+    "-Wno-unknown-pragmas",
+    "-pthread",
+]
+TSAN = ["-fsanitize=thread", "-g", "-DFASTMAML_EMULATE_THREADS"]
+ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+
+# file of csrc/cuda, text that is in it once, what it becomes
+FAULTS = [
+    # a barrier left out
+    ("sweep.cuh", "      forward_op<false>(i, op, p);\n    __syncthreads();", "      forward_op<false>(i, op, p);"),
+    ("sweep.cuh", "      backward_op<Dual>(i, op, p);\n    __syncthreads();", "      backward_op<Dual>(i, op, p);"),
+    ("sweep.cuh", "  }\n  __syncthreads();\n}", "  }\n}"),
+    ("task.cuh", "      begin();\n      __syncthreads();", "      begin();"),
+    ("task.cuh", "    __syncthreads();\n    if (turn != Turn::query || table.v", "    if (turn != Turn::query || table.v"),
+    # another task's data
+    ("task.cuh", "numbers(set().x) + task * rows * b.C", "numbers(set().x)"),
+    ("task.cuh", "numbers(set().weight) + task * n", "numbers(set().weight)"),
+    ("task.cuh", "(call.own[i] ? task * q.O * q.I : 0)", "0"),
+    ("task.cuh", "static_cast<T*>(rows) + task * table.flat_P", "static_cast<T*>(rows)"),
+    ("task.cuh", "numbers(rows) + task * table.flat_P", "numbers(rows)"),
+    ("sweep.cuh", "(set.target) + task * set.n * out.R * out.C", "(set.target)"),
+    ("sweep.cuh", "(set.target) + task * set.n, share", "(set.target), share"),
+    # a term of a tangent dropped
+    ("linear.cuh", "t_a[r].at[l] * b.at[l] + a[r].at[l] * t_b.at[l]", "t_a[r].at[l] * b.at[l]"),
+    ("linear.cuh", "t_a[r].at[k] * b.at[l] + a[r].at[k] * t_b.at[l]", "t_a[r].at[k] * b.at[l]"),
+    ("linear.cuh", "t_a.at[r] * b.at[l] + a.at[r] * t_b.at[l]", "t_a.at[r] * b.at[l]"),
+    ("linear.cuh", "if (Dual) t_bias = load_tangent", "if (false) t_bias = load_tangent"),
+    ("elementwise.cuh", "v += second * p.t_value(from)[at] * d", "v += second * p.t_value(from)[at]"),
+    ("tanh.cuh", "second = -2 * y", "second = 2 * y"),
+    ("sigmoid.cuh", "second = 1 - 2 * y", "second = 1 - y"),
+    ("silu.cuh", "second = s1 * (2 + x", "second = s1 * (1 + x"),
+    ("gelu.cuh", "second = density * (2 - x * x)", "second = density * (1 - x * x)"),
+    ("gelu.cuh", "second = t1 + T(0.5) * x * t2", "second = t1 + x * t2"),
+    ("leaky_relu.cuh", "first = x > 0 ? T(1) : slope", "first = 1"),
+    ("linear.cuh", "if (op.act) t_y = leaky_relu_grad(t_y, y, T(op.slope));", ""),
+    ("linear.cuh", "t_sum[r].at[l] = leaky_relu_grad(t_sum[r].at[l], y.at[l], T(op.mask_slope))", "(void)y"),
+    ("norm.cuh", "t_v += load_tangent(t_w, c, c) * h_at", "t_v += 0"),
+    ("norm.cuh", "- h[at] * t_m;", ";"),
+    ("norm.cuh", "t_along += t_h_at(at) * u + h[at] * t_u", "t_along += h[at] * t_u"),
+    ("norm.cuh", "-r_group * q", "r_group * q"),
+    ("norm.cuh", "column_sums<Dual, 2>", "column_sums<Dual, 1>"),
+    ("cross_entropy.cuh", "s * prob * (t_z[c] - along)", "s * prob * t_z[c]"),
+    ("cross_entropy.cuh", "prob - off - (c == label", "prob - (c == label"),
+    ("mse.cuh", "2 * s * p.t_value(b)[at]", "s * p.t_value(b)[at]"),
+    ("add.cuh", "  if (p.wants_grad(op.tangent_in1)) {", "  if (false) {"),
+    # what is left in shared memory from before
+    ("plan.h", "parameters = data + 2", "parameters = data - 1"),
+    ("plan.h", "grad_begin[in] = data;", "grad_begin[in] = std::max(data, back(produced[in]) - 1);"),
+    ("plan.h", "until(value_end[from], data);", ""),
+    ("task.cuh", "each(table.P, [&](int i) { shared<T>()[table.v + i] = 0; });", ";"),
+    ("task.cuh", "shared<T>()[table.products + i] = 0;", ""),
+    ("task.cuh", "if (held == k) return;", "if (held >= 0 && k > 0) return;"),
+    ("task.cuh", "if (examples == (turn == Turn::query)) return;", "if (examples >= 0) return;"),
+    ("elementwise.cuh", "y = c < C ? f.value(x) : T(0)", "y = f.value(x)"),
+    ("norm.cuh", "  pad(y, rows, C, width, ld);\n", ""),
+    ("linear.cuh", "T y = o < q.O ? sum[r][c] + bias : T(0)", "T y = sum[r][c] + bias"),
+    # a bound left out
+    ("linear.cuh", "if (o >= width) continue;", ""),
+    ("linear.cuh", "const int n = row + r * tall;\n        if (n >= rows) continue;", "const int n = row + r * tall;"),
+    ("linear.cuh", "const int n = row + r * tall;\n      if (n >= rows) continue;", "const int n = row + r * tall;"),
+    ("linear.cuh", "      if (o + r < q.O)\n", ""),
+    ("pass.cuh", "to.each_product[flat + j] -= part", "to.each_product[flat] -= part"),
+    ("pass.cuh", "v.at[j] *= j < size ? t.rates[flat + j] : T(0)", "v.at[j] *= t.rates[j]"),
+    # the recursion
+    ("pass.cuh", "g.v = t_w + q.at;", "g.v = table.v + q.at;"),
+    ("pass.cuh", "first ? grad_base : grad_dst", "grad_base"),
+    ("pass.cuh", "if (!table.param[p].adapt) return T(0);", ""),
+    ("task.cuh", "own + k % every - 1", "own + k % every"),
+    ("task.cuh", "turn = k == redo_until ? Turn::adjoint", "turn = k + 1 == redo_until ? Turn::adjoint"),
+    ("task.cuh", "p.grad_base = back ? table.v : -1", "p.grad_base = -1"),
+    ("task.cuh", "numbers(call.step_weights)[k - 1] *", "numbers(call.step_weights)[0] *"),
+    ("task.cuh", "numbers(call.lr) + k * call.S", "numbers(call.lr)"),
+    ("task.cuh", "p.grad_dst = table.tied ? table.u : table.w;", "p.grad_dst = table.w;"),
+    ("task.cuh", "(task * rows + row) * C + c] += v", "(task * rows + row) * C + c] = v"),
+    ("task.cuh", "sum += static_cast<const T*>(of.rows)", "sum = static_cast<const T*>(of.rows)"),
+]  # fmt: skip
+RACE = FAULTS[1]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
+    pytest.mark.skipif(not CSRC.exists(), reason="not a source tree"),
+]
+
+
+def run(*command: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def compiled(folder: Path, source: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
+    target = folder / f"{source.stem}.o"
+    done = run(*COMPILE, *flags, "-I", csrc, "-c", source, "-o", target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The engine of csrc/cpu, to compare with."""
+    folder = tmp_path_factory.mktemp("engine")
+    return [compiled(folder, CSRC / "cpu" / f"{name}.cpp") for name in ("isa_generic", "arena")]
+
+
+def build(engine: list[Path], folder: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
+    folder.mkdir(exist_ok=True)
+    done = run("g++", "-pthread", *flags, compiled(folder, TEST, csrc, flags), *engine, "-o", folder / "test")
+    assert done.returncode == 0, done.stderr
+    return folder / "test"
+
+
+def planted(fault: tuple[str, str, str], folder: Path) -> Path:
+    """A copy of csrc with it."""
+    file, text, becomes = fault
+    shutil.copytree(CSRC, folder / "csrc")
+    path = folder / "csrc" / "cuda" / file
+    source = path.read_text()
+    assert source.count(text) == 1, f"{file}: {source.count(text)} times in it: {text}"
+    path.write_text(source.replace(text, becomes))
+    return folder / "csrc"
+
+
+def test_against_the_cpu_engine_in_every_order_of_the_threads(engine: list[Path], tmp_path: Path) -> None:
+    test = build(engine, tmp_path, flags=["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
+    for threads in (32, 64, 256):
+        done = run(test, threads)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bounds_alignment_and_undefined_behaviour(engine: list[Path], tmp_path: Path) -> None:
+    done = run(build(engine, tmp_path, flags=ASAN), 64, 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_races(engine: list[Path], tmp_path: Path) -> None:
+    """ThreadSanitizer, which sees a race in most runs, not in each: so there are several, and one is planted."""
+    sound = build(engine, tmp_path, flags=TSAN)
+    done = [run(sound, 64, 9) for _ in range(8)]
+    assert all(d.returncode == 0 for d in done), "\n".join(d.stdout + d.stderr for d in done)
+    csrc = planted(RACE, tmp_path / "race")
+    racy = build(engine, tmp_path / "race", csrc, TSAN)
+    runs = (run(racy, 64, 9) for _ in range(5))
+    assert any("data race" in d.stderr for d in runs)
+
+
+def caught(number: int, engine: list[Path], folder: Path, limit: float) -> str | None:
+    """None, or what went wrong."""
+    file, text, fault = FAULTS[number]
+    here = folder / str(number)
+    try:
+        test = build(engine, here, planted(FAULTS[number], here))
+        passed = run(test, 64, timeout=limit).returncode == 0
+    except AssertionError as error:
+        return str(error)
+    except subprocess.TimeoutExpired:  # it hangs, since the sound one took a tenth of that
+        passed = False
+    shutil.rmtree(here)
+    return f"{file}: not caught: {fault or 'without ' + text}" if passed else None
+
+
+def test_every_planted_fault_is_caught(engine: list[Path], tmp_path: Path) -> None:
+    test = build(engine, tmp_path)
+    start = time.perf_counter()
+    assert run(test, 64).returncode == 0
+    limit = 10 * (time.perf_counter() - start) + 10
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        problems = list(pool.map(lambda n: caught(n, engine, tmp_path, limit), range(len(FAULTS))))
+    assert not (found := [p for p in problems if p]), "\n".join(found)
