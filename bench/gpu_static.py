@@ -152,8 +152,8 @@ def main() -> None:
         [
             "# The Triton kernels as compiled",
             "",
-            f"By `python -m bench.gpu_static`, triton {triton.__version__}: ieee for {', '.join(args.models)};",
-            f"TF32 and bfloat16 for {', '.join(args.rounded)}.",
+            f"By `python -m bench.gpu_static`, triton {triton.__version__}: ieee for",
+            f"{', '.join(args.models)}; TF32 and bfloat16 for {', '.join(args.rounded)}.",
             "A row holds the worst of a kernel's specialisations. None of these was run on a GPU.",
             "",
             markdown(HEADER, rows),
