@@ -17,6 +17,7 @@
 #  include "cpu/amx.h"
 #  include "cpu/arena.h"
 #  include "cpu/plan.h"
+#  include "threads.h"  // which `make sanitize`, linking the whole engine, asks for
 
 std::mt19937 generator;
 std::string now;  // what is being tested
