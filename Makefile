@@ -16,7 +16,7 @@ CPP_TESTS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/test_*.cpp))
 # torch finds ninja by PATH
 export PATH := $(CURDIR)/$(V)/bin:$(PATH)
 
-.PHONY: setup test emulation demo bench gpu gpu-static lint format sanitize wheel check-wheel clean
+.PHONY: setup test test-all emulation demo bench gpu gpu-static lint format sanitize wheel check-wheel clean
 
 setup: $(V)/.built
 
@@ -44,6 +44,9 @@ $(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed
 
 test: setup emulation
 	$(V)/bin/python -m pytest $(ARGS)
+
+test-all: setup emulation
+	$(V)/bin/python -m pytest --all $(ARGS)
 
 # The CUDA kernels for the CPU, which FASTMAML_EMULATE=1 takes: for tests where there is no GPU.
 EMULATION := build/emulation/libfastmaml_cuda.so

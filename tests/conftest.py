@@ -23,3 +23,15 @@ def _same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds torch, and lets no FASTMAML_BACKEND of the caller's choose what is tested."""
     monkeypatch.delenv("FASTMAML_BACKEND", raising=False)
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all", action="store_true", help="every planted fault and architecture, not a third of them"
+    )
+
+
+@pytest.fixture
+def every(request: pytest.FixtureRequest) -> int:
+    """Of a long table of faults: 1 for all, 3 for each third, as `make test` has time for."""
+    return 1 if request.config.getoption("--all") else 3
