@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .cases import Case, select
-from .gpu_launches import is_work, meta_step
+from .gpu_launches import Launches, is_work, meta_step
 from .gpu_static import MODELS, markdown
 from .peers import grad_vmap
 
@@ -48,15 +48,16 @@ def least_bytes(case: Case) -> int:
     return 2 * 4 * parameters + examples
 
 
-def launches_of_a_layer(case: Case) -> float:
+def launches_of_a_layer(case: Case, step: Launches) -> str:
     """Launches for each linear or norm layer and pass over the network, at most 2 being the aim."""
-    step = meta_step(case)
+    if len(step.names) == 1:
+        return "all in one"
     layers = sum(type(m).__name__ in ("Linear", "BatchNorm1d") for m in case.model().modules())
     passes = 2 * (
         2 * case.steps + 1
     )  # forward and backward, plain and dual in each step, plain for the query
     losses = 2 * case.steps + 1
-    return (len(step.names) - losses) / (layers * passes)
+    return f"{(len(step.names) - losses) / (layers * passes):.2f}"
 
 
 def row(case: Case) -> list[str]:
@@ -68,7 +69,7 @@ def row(case: Case) -> list[str]:
         for fp32, tf32, memory in DEVICES.values()
     ]
     return [
-        case.name, str(len(step.names)), str(step.torch_ops), f"{launches_of_a_layer(case):.2f}",
+        case.name, str(len(step.names)), str(step.torch_ops), launches_of_a_layer(case, step),
         str(eager_ops(case)), f"{step.flops / 1e6:.1f}", f"{step.bytes / 2**20:.1f}", f"{least / 2**20:.2f}",
         *floors,
     ]  # fmt: skip
@@ -86,7 +87,8 @@ def table(cases: list[Case]) -> str:
         "",
         "By `python -m bench.gpu_counts`. Kernels: launches of the `triton` backend, all in one CUDA graph.",
         "MiB moved: every tensor of a launch once. Floors: float32 operations / TF32 operations / bytes",
-        "moved. Nothing here was run on a GPU.",
+        "moved. The `cuda` backend launches one kernel for all steps of all tasks, and one that sums over",
+        "the tasks, for the networks that fit (`fastmaml.explain`). Nothing here was run on a GPU.",
         "",
         markdown(HEADER, [row(case) for case in cases]),
         "",

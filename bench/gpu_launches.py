@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from fastmaml.backends import problem_for
 from fastmaml.backends.engine import Engine
 from fastmaml.backends.request import Functions, Request, Result
+from fastmaml.backends.small_mlp import SmallMlp
 from fastmaml.backends.triton import engine_of
 from fastmaml.losses import resolve
 
@@ -158,6 +159,8 @@ def _product_flops(engine: Engine) -> int:
         moves = node.moves_in[0]
         plain = 2 + moves
         dual = (1 + moves) + 2 * moves + (1 + moves)
+        if isinstance(engine, SmallMlp):  # values and gradients are made anew beside their tangents
+            dual += 1 + moves
         assert engine.support is not None
         assert engine.query is not None
         N, Q = engine.support.x.shape[1], engine.query.x.shape[1]
