@@ -261,4 +261,4 @@ def backend(precision: str = "ieee") -> Any:
     functions = Functions(run)
     names = [n for n in dir(functions) if not n.startswith("_")]
     offered = {name: getattr(functions, name) for name in names}
-    return SimpleNamespace(**offered, supports=lambda *_: None, EMULATED=True)
+    return SimpleNamespace(**offered, supports=lambda *_: None, EMULATED=True, DEVICE="cpu")

@@ -211,7 +211,8 @@ def test_what_it_does_not_take_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_naive_passes_are_the_same_namespace() -> None:
     kernels = importlib.import_module("fastmaml.kernels")
-    assert set(kernels.__all__) <= set(dir(naive_passes))
+    whole = {"mlp", "MLP_MOST"}  # held to the reference
+    assert set(kernels.__all__) - whole <= set(dir(naive_passes))
 
 
 @pytest.fixture

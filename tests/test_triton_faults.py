@@ -104,7 +104,7 @@ FAULTS = [
     ("silu.py", "t * (2.0 + z * (1.0 - 2.0 * s))", "t * (1.0 + z * (1.0 - 2.0 * s))", layers("elementwise", "backward", True, silu)),
     ("mse.py", "2.0 * s[:, None] * d", "s[:, None] * d", losses("mse", False)),
     ("mse.py", "/ total", "", losses("mse", False)),
-    ("cross_entropy.py", "+ SMOOTHING / as_number(C, dtype)", "", losses("smoothed", False)),
+    ("cross_entropy.py", "+ SMOOTHING / as_number(C, z.dtype)", "", losses("smoothed", False)),
 ]  # fmt: skip
 
 

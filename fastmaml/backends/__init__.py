@@ -192,8 +192,9 @@ def choose(
         chosen = BACKENDS[name]
     else:
         reasons = {
-            n: "it is emulated here: to be named" if b.EMULATED else why_not(n, problem, device, dtype, sizes)
+            n: why_not(n, problem, device, dtype, sizes)
             for n, b in BACKENDS.items()
+            if not b.EMULATED and b.DEVICE in (None, device.type)
         }
         first = next((n for n, why in reasons.items() if why is None), None)
         if first is None:

@@ -52,6 +52,7 @@ def isa() -> str:
     return _C.isa() if _C is not None else "none"
 
 
+DEVICE = "cpu"  # of the tensors that it takes by itself; None: any
 EMULATED = False
 
 

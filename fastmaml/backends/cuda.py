@@ -70,6 +70,7 @@ class _Sums(ctypes.Structure):
 _GIVEN = os.environ.get("FASTMAML_EMULATE", "0")
 # does it take CPU tensors, when named, to try the kernels without their device?
 EMULATED = _GIVEN not in ("", "0")
+DEVICE = "cuda"  # of the tensors that it takes by itself; None: any
 
 
 def _path() -> str | None:

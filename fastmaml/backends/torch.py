@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Weights = list[Tensor]  # [T, *shape] per parameter
 
 
+DEVICE = None  # of the tensors that it takes by itself; None: any
 EMULATED = False
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # does it take CPU tensors, when named, to try the kernels without their device?
 EMULATED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cuda"  # of the tensors that it takes by itself; None: any
 # torch.set_float32_matmul_precision -> of the operands of products; sums are float32
 _PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 _KEPT = 8  # engines of a Problem: each holds its buffers
