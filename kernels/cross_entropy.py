@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .mse import example_weight
-from .tiles import as_number, power_of_two
+from .tiles import as_number, check_group, power_of_two
 from .types import Buffer
 
 
@@ -76,6 +76,7 @@ def cross_entropy_kernel(
 def cross_entropy(z: Buffer, target, weight, loss, *, smoothing: float, dual: bool) -> None:
     """loss [T] and the gradient by z [T, N, C], or its tangent. target [T, N] int64; weight [T, N] or None"""
     T, N, C = z.value.shape
+    check_group(C, "an output of classes")
     BLOCK_C = power_of_two(C, 1, 1 << 20)
     cross_entropy_kernel[(T,)](
         z.value, target, weight, z.t_value, z.t_grad if dual else z.grad, loss, N, C,

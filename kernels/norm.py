@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import activate, load_grad, slopes
-from .tiles import as_number, number_or_elements, power_of_two, store_update, update_arguments
+from .tiles import as_number, check_group, number_or_elements, power_of_two, store_update, update_arguments
 from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
 
 
@@ -245,11 +245,17 @@ def norm_backward_kernel(
 
 def tile(M: int, C: int, axis: int) -> dict[str, int]:
     """A tile holds whole groups, and about 2048 numbers if they leave the choice."""
+    check_group(M if axis == 0 else C, "a group of a norm")
     if axis == 0:
         BLOCK_M = power_of_two(M, 1, 1 << 20)
-        return {"BLOCK_M": BLOCK_M, "BLOCK_C": power_of_two(C, 1, max(2048 // BLOCK_M, 1))}
+        return _with_warps({"BLOCK_M": BLOCK_M, "BLOCK_C": power_of_two(C, 1, max(2048 // BLOCK_M, 1))})
     BLOCK_C = power_of_two(C, 1, 1 << 20)
-    return {"BLOCK_M": power_of_two(M, 1, max(2048 // BLOCK_C, 1)), "BLOCK_C": BLOCK_C}
+    return _with_warps({"BLOCK_M": power_of_two(M, 1, max(2048 // BLOCK_C, 1)), "BLOCK_C": BLOCK_C})
+
+
+def _with_warps(blocks: dict[str, int]) -> dict[str, int]:
+    numbers = blocks["BLOCK_M"] * blocks["BLOCK_C"]
+    return blocks | {"num_warps": 4 if numbers <= 4096 else 8 if numbers <= 8192 else 16}
 
 
 def norm_forward(

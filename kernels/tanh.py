@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(z):
-    """Exact to rounding in float32 and float64: a rational function near 0 (Cephes, S. Moshier), where
+    """Without cancellation, in float32 and float64: a rational function near 0 (Cephes, S. Moshier), where
     (1 - e) / (1 + e) with e = exp(-2 |z|) cancels."""
     s = z * z
     p = (-9.64399179425052238628e-1 * s - 9.92877231001918586564e1) * s - 1.61468768441708447952e3

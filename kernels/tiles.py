@@ -89,5 +89,11 @@ def number_or_elements(lr: Tensor | None) -> str:
     return "none" if lr is None else "number" if lr.numel() == 1 else "elements"
 
 
+def check_group(n: int, what: str) -> None:
+    """A program holds a whole group in registers, or spills it: beyond this it would be of no use."""
+    if n > 16384:
+        raise ValueError(f"{what} of {n} numbers is more than the Triton kernels take: 16384")
+
+
 def power_of_two(n: int, least: int, most: int) -> int:
     return max(least, min(most, triton.next_power_of_2(n)))

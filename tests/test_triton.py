@@ -1,6 +1,8 @@
 """The `triton` backend, whole: interpreted on the CPU, or on the GPU where there is one."""
 
+import gc
 import importlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -9,6 +11,7 @@ from typing import Any
 import naive_passes
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Case, cases, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,6 +168,82 @@ def test_factored_layers_are_chosen_by_counts() -> None:
     narrow = LinearLayer(1, 40, 40, 1, False, False)
     assert fastest([wide, narrow], Sizes(32, 5, 75, 5, 1, False, True)) == {0}
     assert fastest([wide], Sizes(32, 1000, 75, 5, 1, False, True)) == set()
+
+
+def test_inner_axes_and_parameters_that_nothing_uses() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.unused = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)))
+
+    model = Model().double()
+    params = {n: p.detach().to(DEVICE) for n, p in model.named_parameters()}
+    x, y = torch.randn(2, 5, 4, 3).double().to(DEVICE), torch.randn(2, 5, 4, 2).double().to(DEVICE)
+    out = functional.apply(model, params, x, backend="triton")
+    truth = reference.apply(model, params, x)
+    assert out.shape == truth.shape == (2, 5, 4, 2)
+    torch.testing.assert_close(out, truth)
+    how = {"loss": MSE(), "lr": 0.1, "steps": 2, "optimizer": fastmaml.SGD(0.0, 0.5)}
+    fast = functional.inner_loop(model, params, x, y, **how, backend="triton")
+    for n, w in reference.inner_loop(model, params, x, y, **how).items():
+        torch.testing.assert_close(fast[n], w)
+
+
+class Nothing(nn.Module):
+    """Its output depends on no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.layer_norm(x, (3,)))
+
+
+@pytest.mark.parametrize(
+    "model", [Nothing(), nn.Sequential(nn.LayerNorm(3, elementwise_affine=False), nn.Tanh(), nn.Linear(3, 3))]
+)
+def test_ops_before_any_parameter(model: nn.Module) -> None:
+    """A gradient by x goes through them"""
+    model = model.double()
+    params = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+    tasks = [(torch.randn(2, n, 3).double(), torch.randn(2, n, 3).double()) for n in (4, 5)]
+    for x, _ in tasks:
+        x.requires_grad_()
+    case = Case(model, params, tasks[0], tasks[1], MSE(), 0.1, 2, False)
+    check(case)
+
+
+def test_each_form_has_an_engine_and_one_of_inference_mode_serves_training() -> None:
+    model = mlp(3, 40, 40, 2)
+    case = on_device(case_of(model, MSE(), 2, 3, 4, 2))
+    with torch.inference_mode():
+        meta_loss(functional, case, backend="triton")
+    first = meta_loss(functional, case, backend="triton")
+    second = meta_loss(functional, replace(case, fast_weights="factored"), backend="triton")
+    torch.testing.assert_close(first, second)
+    problem = problem_for(model, (3,), MSE())
+    engines = [recorded.engine for recorded in problem.memo["triton"].values()]
+    assert sorted(len(engine.sweep.rows) for engine in engines)[-1] == 3
+    assert sorted(len(engine.sweep.rows) for engine in engines)[0] == 0
+
+
+def test_engines_go_with_their_model() -> None:
+    model = mlp(2, 5, 1)
+    case = on_device(case_of(model, MSE(), 2, 3, 4, 2))
+    meta_loss(functional, case, backend="triton")
+    problem = problem_for(model, (2,), MSE())
+    engine = weakref.ref(next(iter(problem.memo["triton"].values())).engine)
+    gc.disable()
+    try:
+        problem.memo.clear()
+        assert engine() is None
+    finally:
+        gc.enable()
 
 
 def test_a_second_call_with_other_data_and_the_first_again() -> None:

@@ -6,6 +6,7 @@ An Engine is made once for a kind of call (shapes, what is wanted). It owns ever
 allocates nothing, and can be recorded and run again on new data.
 """
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -50,14 +51,17 @@ class Engine:
         # the activations of the steps are the fast weights where these are factored: all of them stay
         every = 0 if request.factored else request.checkpoint_every
         self.every = every if 0 < every < K else max(K, 1)
-        self.kind = kind = replace(  # with data of the engine's own
-            request,
-            params=[],
-            support=_like(request.support),
-            query=_like(request.query),
-            lr=_zeros(request.lr),
-            seed=_zeros(request.seed),
-            grad_loss=_zeros(request.grad_loss),
+        self.kind = kind = (
+            replace(  # with data of the engine's own; the Problem holds the engine, not it that
+                request,
+                problem=weakref.proxy(problem),
+                params=[],
+                support=_like(request.support),
+                query=_like(request.query),
+                lr=_zeros(request.lr),
+                seed=_zeros(request.seed),
+                grad_loss=_zeros(request.grad_loss),
+            )
         )
         self.lr = x.new_zeros(0, 1) if kind.lr is None else kind.lr
         self.support, self.query, self.seed, self.grad_loss = (
@@ -78,7 +82,7 @@ class Engine:
         kind, x, P, T, K = self.kind, self.kind.like, self.P, self.T, self.K
         new = x.new_zeros
         self.w0 = new(T if any(self.own) else 1, P)
-        self.scales = {w: x.new_tensor([w * kind.scale]) for w in {1.0, *kind.step_weights}}
+        self.scales = {w: x.new_full((1,), w * kind.scale) for w in {1.0, *kind.step_weights}}
 
         self.frames, self.query_frame = [], None
         if self.support is not None and K > 0:
@@ -108,17 +112,17 @@ class Engine:
         self.loss, self.each_loss = new(T), new(T)
         self.out = None
         if "out" in kind.want:
-            output = (T, P) if kind.tail == "weights" else tuple(self._output().shape)
-            self.out = new(output)
+            self.out = new(T, P)
+            if kind.tail != "weights":
+                assert self.query is not None
+                program = kind.problem.program
+                assert program is not None
+                self.out = new(T, self.query.x.shape[1], *program.buffers[program.output])
         whole = kind.problem.layout(self.itemsize)[1]
         self.grads = new(self.rows, whole) if "params" in kind.want else None
         self.grad_lr = new(T, K, self.lr.shape[1]) if "lr" in kind.want else None
         self.x_s = None if "x_s" not in kind.want else new(x.shape)
         self.x_q = None if self.query is None or "x_q" not in kind.want else new(self.query.x.shape)
-
-    def _output(self) -> Tensor:
-        assert self.query_frame is not None
-        return self.query_frame.buffers[self.plan.output].value
 
     def load(self, request: Request) -> None:
         """Copies a request's data into the engine's own buffers."""
@@ -263,7 +267,7 @@ class Engine:
             for i in self.dense
             if self.adapt[i]
         }
-        self.sweep.backward(frame, params, Updates(steps))
+        self.sweep.backward(frame, params, Updates(steps), x_grad=self.x_s is not None)
         for rows, x, y, place in self._layers(frame):
             rows.step(x, y, self._lr(k, place))
 
@@ -277,7 +281,8 @@ class Engine:
     def _gradients(self, k: int, only_params: bool = True) -> None:
         """g_k; only_params: anew, from the kept activations"""
         adapted = {i: u for i, u in self._updates(self.g).updates.items() if self.adapt[i]}
-        self.sweep.backward(self._frame(k), self._params(k), Updates(adapted), only_params=only_params)
+        how = {"only_params": only_params, "x_grad": self.x_s is not None}
+        self.sweep.backward(self._frame(k), self._params(k), Updates(adapted), **how)
 
     def _adjoint_step(self, k: int) -> None:
         kind, frame, descent = self.kind, self._frame(k), self.descent
@@ -338,8 +343,10 @@ class Engine:
             return self._query_tail(self.K)
         if self.out is not None:
             self.out.copy_(self._weights(self.K) if self.K else self.w0)
-            for i, moved in enumerate(self.adapt):
-                if not moved:
+            # plain descent leaves what nothing uses; that may decay
+            moved = self.adapt if self.descent is None else self.kind.problem.adapt
+            for i, has_moved in enumerate(moved):
+                if not has_moved:
                     self._view(self.out, i).copy_(self._view(self.w0, i))
         if self.seed is not None and self.v is not None and self.v_next is not None:
             self.v.copy_(self.seed)
@@ -358,7 +365,7 @@ class Engine:
         scale = self.scales[weight]
         if kind.tail == "output":
             if self.out is not None:
-                self.out.copy_(output.value)
+                self.out.copy_(output.value.view(self.out.shape))
             if self.seed is not None:
                 output.grad.copy_(self.seed.view(output.grad.shape))
         else:

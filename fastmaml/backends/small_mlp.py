@@ -52,7 +52,10 @@ class SmallMlp(Engine):
     def _allocate(self, second_order: bool) -> None:
         kind, new, T, P = self.kind, self.kind.like.new_zeros, self.T, self.P
         self.w0 = new(T if any(self.own) else 1, P)
-        self.scale = self.kind.like.new_tensor([kind.scale])
+        self.scale = self.kind.like.new_full((1,), kind.scale)
+        order = [p for node in self.plan.nodes for p in (node.w, node.b)]
+        self.order = torch.tensor(order, device=self.scale.device)
+        self.lr_in_order = new(self.K, self.lr.shape[1])
         self.kept = new(self.K if second_order else 1, T, P)
         self.v = new(T, P) if self.adjoint else None
         self.loss = new(T)
@@ -66,9 +69,12 @@ class SmallMlp(Engine):
         order = [p for node in nodes for p in (node.w, node.b)]
         places = tuple(self.places[p][2] for p in order if p is not None)
         widths = self.plan.sizes[0][1], *(self.plan.sizes[node.out][1] for node in nodes)
-        lr = self.lr if self.lr.shape[1] == 1 else self.lr[:, order]
+        if self.lr.shape[1] == 1:
+            self.lr_in_order.copy_(self.lr)
+        else:
+            torch.index_select(self.lr, 1, self.order, out=self.lr_in_order)
         self.sweep.passes.mlp(
-            kind.support, kind.query, self.w0, lr, self.scale, self.kept, self.v, self.loss,
+            kind.support, kind.query, self.w0, self.lr_in_order, self.scale, self.kept, self.v, self.loss,
             widths, places, nodes[0].act,
             classes=isinstance(kind.problem.loss, CrossEntropy),
             smoothing=getattr(kind.problem.loss, "label_smoothing", 0.0),

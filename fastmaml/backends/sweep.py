@@ -67,6 +67,9 @@ def make_plan(problem: "Problem", types: ModuleType, factored: tuple[int, ...] =
     for i, op in enumerate(program.ops):
         for b in op.inputs:
             readers.setdefault(b, []).append(i)
+    moves = [False] * len(program.buffers)
+    for op in program.ops:
+        moves[op.output] = any(moves[b] for b in op.inputs) or any(p is not None for p in op.params)
     nodes, folded = [], set()
     for i, op in enumerate(program.ops):
         if i in folded:
@@ -79,17 +82,14 @@ def make_plan(problem: "Problem", types: ModuleType, factored: tuple[int, ...] =
             node = replace(node, act=_activation(op, types))
         elif op.name in _PRODUCERS and w not in factored and len(readers[op.output]) == 1 and follower >= 0:
             after = program.ops[follower]
-            if after.name in _ACTIVATIONS:
+            if after.name in _ACTIVATIONS and moves[op.output]:
                 folded.add(follower)
                 node = replace(node, act=_activation(after, types), z=op.output, out=after.output)
         nodes.append(node)
 
-    moves = [False] * len(program.buffers)
     for i, node in enumerate(nodes):
-        inputs = tuple(moves[b] for b in node.inputs)
-        moved = any(inputs) or node.w is not None or node.b is not None
-        moves[node.out] = moved
-        nodes[i] = replace(node, moves=moved, moves_in=inputs)
+        moves_in = tuple([moves[b] for b in node.inputs])
+        nodes[i] = replace(node, moves=moves[node.out], moves_in=moves_in)
     seen: set[Any] = set()
 
     def first(kind: str, place: int | None) -> bool:
@@ -142,7 +142,7 @@ class Frames:
         return self.examples.x.new_empty(self.shapes[b]) if wanted else None
 
     def _has_grad(self, b: int) -> bool:
-        return self.plan.moves[b] or self.x_grad
+        return self.plan.moves[b] or self.x_grad or b == self.plan.output
 
     def make(self, on_query: bool = False) -> Frame:
         hidden = {node.z for node in self.plan.nodes if not node.act.reads_input}  # z that nothing reads

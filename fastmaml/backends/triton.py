@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -80,27 +81,30 @@ def engine_of(passes: ModuleType, request: Request, precision: str = "ieee") -> 
 
 
 def _precision() -> str:
-    return _PRECISIONS[torch.get_float32_matmul_precision()]
+    try:
+        return _PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # torch's newer settings are in use
+        found = torch.backends.cuda.matmul.fp32_precision
+        return found if found in ("tf32", "bf16") else "ieee"
 
 
 class _Recorded:
     """An engine and, from the second call on, the graph that runs it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, precision: str) -> None:
         passes = kernels()
         assert isinstance(passes, ModuleType)
-        self.engine = engine_of(passes, request, _precision())
+        with torch.inference_mode(False), torch.no_grad():
+            self.engine = engine_of(passes, request, precision)
         self.graph: Any = None
-        self.calls = 0
+        self.calls, self.recordable = 0, True
         self.lock = threading.Lock()  # one call at a time in its buffers
 
     def run(self, request: Request) -> Result:
         with self.lock:
             self.engine.load(request)
-            if self.graph is None and self.calls > 0 and _records(request.like):
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.engine.run()
+            if self.graph is None and self.calls > 0 and self.recordable and _records(request.like):
+                self._record()
             if self.graph is None:
                 self.engine.run()
             else:
@@ -108,28 +112,51 @@ class _Recorded:
             self.calls += 1
             return self.engine.result()
 
+    def _record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.engine.run()
+        except RuntimeError as error:
+            self.recordable = False
+            warnings.warn(f"fastmaml runs its triton backend without a CUDA graph: {error}", stacklevel=2)
+        else:
+            self.graph = graph
+
 
 def _records(x: Tensor) -> bool:
-    """Not inside of another's recording; FASTMAML_CUDA_GRAPHS=0 switches it off."""
-    wanted = os.environ.get("FASTMAML_CUDA_GRAPHS", "1") != "0"
-    return wanted and x.is_cuda and not torch.cuda.is_current_stream_capturing()
+    """FASTMAML_CUDA_GRAPHS=0 switches it off."""
+    return x.is_cuda and os.environ.get("FASTMAML_CUDA_GRAPHS", "1") != "0"
+
+
+_choosing = threading.Lock()
 
 
 def run(request: Request) -> Result:
-    known: OrderedDict[Any, _Recorded] = request.problem.memo.setdefault("triton", OrderedDict())
-    key = _kind(request)
-    if key not in known:
-        if len(known) >= _KEPT:
-            known.popitem(last=False)
-        known[key] = _Recorded(request)
-    known.move_to_end(key)
+    precision = _precision()
     if not request.like.is_cuda:
-        return known[key].run(request)
+        return _engine(request, precision).run(request)
     with torch.cuda.device(request.like.device):
-        return known[key].run(request)
+        if torch.cuda.is_current_stream_capturing():  # buffers of the caller's recording, and no graph in it
+            recorded = _Recorded(request, precision)
+            recorded.recordable = False
+            return recorded.run(request)
+        return _engine(request, precision).run(request)
 
 
-def _kind(q: Request) -> tuple[Any, ...]:
+def _engine(request: Request, precision: str) -> _Recorded:
+    known: OrderedDict[Any, _Recorded] = request.problem.memo.setdefault("triton", OrderedDict())
+    key = _kind(request, precision)
+    with _choosing:
+        if key not in known:
+            if len(known) >= _KEPT:
+                known.popitem(last=False)
+            known[key] = _Recorded(request, precision)
+        known.move_to_end(key)
+        return known[key]
+
+
+def _kind(q: Request, precision: str) -> tuple[Any, ...]:
     """What decides which kernels run on which buffers. Streams have buffers of their own."""
     x = q.like
 
@@ -138,7 +165,8 @@ def _kind(q: Request) -> tuple[Any, ...]:
 
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return (
-        x.dtype, x.device, stream, _precision(), q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
+        x.dtype, x.device, stream, precision, q.factored,
+        q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
         None if q.lr is None else q.lr.shape, q.steps, q.first_order, q.rule, q.step_weights,
         q.checkpoint_every, None if q.seed is None else q.seed.shape, q.grad_loss is None, q.scale,
         q.per_task,
