@@ -72,8 +72,10 @@ gpu: setup
 	@$(V)/bin/python -m bench.gpu --check
 	$(V)/bin/python -m pytest
 	@if command -v compute-sanitizer >/dev/null; then \
-	  compute-sanitizer --tool memcheck --error-exitcode 1 \
-	    $(V)/bin/python -m pytest tests/test_kernels.py -k one_of_each; \
+	  for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(V)/bin/python -m pytest \
+	      tests/test_kernels.py tests/test_cuda_values.py -k "one_of_each or (test_op and N5)" || exit 1; \
+	  done; \
 	else echo "no compute-sanitizer on PATH: the memory checker was not run"; fi
 	$(V)/bin/python -m bench.gpu $(ARGS)
 

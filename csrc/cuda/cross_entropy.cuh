@@ -14,8 +14,10 @@ FASTMAML_DEVICE T cross_entropy(const Pass<T>& p, const int64_t* target, const T
   const T smoothing = T(p.table.label_smoothing), off = smoothing / C, on = 1 - smoothing;
   T loss = 0;
   for (int n = warp(); n < p.rows(b); n += warps()) {
-    const T *const z = p.value(b) + n * ld, *const t_z = Dual ? p.t_value(b) + n * ld : z, s = share[n];
+    const T *const z = p.value(b) + n * ld, *const t_z = Dual ? p.t_value(b) + n * ld : z;
     const int64_t label = target[n];
+    // a label out of range shows as NaN: to raise, the host would have to wait for it
+    const T s = label >= 0 && label < C ? share[n] : log(T(-1));
     T *const d = p.grad(b) + n * ld, *const t_d = Dual ? p.t_grad(b) + n * ld : d;
     T top = z[0], norm = 0, along = 0, expected = 0;
     for (int c = lane(); c < C; c += 32) top = z[c] > top ? z[c] : top;

@@ -82,7 +82,8 @@ class Planner {
     int64_t end = at;
     if (s_.N > 0) end = std::max(end, lay_out(of_step, s_.N, false, s_.lr && !s_.dual_step, false, at));
     if (s_.dual_step) end = std::max(end, lay_out(of_adjoint, s_.N, true, true, s_.x_s, at));
-    if (s_.Q > 0) end = std::max(end, lay_out(of_query, s_.Q, s_.curvature, s_.adjoint, s_.x_q, at));
+    if (s_.Q > 0)
+      end = std::max(end, lay_out(of_query, s_.Q, s_.curvature, s_.adjoint || s_.x_q, s_.x_q, at));
     if (end > INT32_MAX / 2) throw std::invalid_argument("the network is far too large");
     t_.numbers = static_cast<int>(end);
   }

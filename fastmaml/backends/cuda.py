@@ -115,7 +115,13 @@ def available() -> str | None:
         return None if there else f"FASTMAML_EMULATE is set, but there is no {path}: make emulation builds it"
     if path is None or _load(path) is None:
         return "fastmaml was built without its CUDA kernels: reinstall it with nvcc at hand"
-    return None if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if _library().fastmaml_cuda_devices() == 0:  # its runtime is not torch's
+        return (
+            "the CUDA runtime that fastmaml was built with finds no device: the driver may be too old for it"
+        )
+    return None
 
 
 def note() -> str:
@@ -153,7 +159,8 @@ def misfit(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: 
     if sizes is None:
         return "it does not run within torch.compile"
     try:
-        need = needed_bytes(problem, dtype.itemsize, sizes)
+        N, Q = sizes
+        need = needed_bytes(problem, dtype.itemsize, sizes, x_s=N > 0, x_q=Q > 0, lr=N > 0)
     except ValueError as error:
         return str(error)
     most = shared_limit(device)
@@ -182,12 +189,12 @@ def shared_limit(device: torch.device) -> int:
     return most
 
 
-def needed_bytes(problem: "Problem", itemsize: int, sizes: Sizes) -> int:
+def needed_bytes(problem: "Problem", itemsize: int, sizes: Sizes, **more: bool) -> int:
     """Of shared memory, by a task with gradients: two sets of weights (three where one is used twice, and for
     second derivatives), the examples, and what is alive at once of the activations and their gradients and
-    tangents."""
+    tangents. more: which of the gradients by x_s, x_q and lr are wanted too."""
     N, Q = sizes
-    how = {"N": N, "Q": Q, "adjoint": 1, "dual_step": N > 0, "curvature": N == 0}
+    how = {**more, "N": N, "Q": Q, "adjoint": 1, "dual_step": N > 0, "curvature": N == 0}
     return _plan(problem, itemsize, **how).bytes
 
 
