@@ -125,6 +125,10 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def models_of(args: argparse.Namespace, precision: str) -> list[str]:
+    return args.models if precision == "ieee" else args.rounded
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
@@ -141,7 +145,7 @@ def main() -> None:
     rows, faults = [], []
     for precision in args.precision:
         for arch in args.arch:
-            found = kernels_of(args.models if precision == "ieee" else args.rounded, arch, precision)
+            found = kernels_of(models_of(args, precision), arch, precision)
             rows += table(arch, precision, found)
             faults += [f"sm_{arch} {precision}: {k.name} spills {k.spills} bytes" for k in found if k.spills]
             products = [k for k in found if k.name.startswith("linear")]
@@ -152,8 +156,8 @@ def main() -> None:
         [
             "# The Triton kernels as compiled",
             "",
-            f"By `python -m bench.gpu_static`, triton {triton.__version__}: ieee for",
-            f"{', '.join(args.models)}; TF32 and bfloat16 for {', '.join(args.rounded)}.",
+            f"By `python -m bench.gpu_static`, triton {triton.__version__}:",
+            "; ".join(f"{p} for {', '.join(models_of(args, p))}" for p in args.precision) + ".",
             "A row holds the worst of a kernel's specialisations. None of these was run on a GPU.",
             "",
             markdown(HEADER, rows),
