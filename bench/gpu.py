@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import machine, measure, peers
 from .cases import CASES, Case, Examples, select
+from .meta_step import FLOAT32_GROSS, RIGHT
 
 METHODS: dict[str, Callable[[Case, torch.dtype], peers.Step]] = {
     "fastmaml cuda": peers.fastmaml_on("cuda"),
@@ -25,8 +26,6 @@ METHODS: dict[str, Callable[[Case, torch.dtype], peers.Step]] = {
     "fastmaml torch": peers.fastmaml_on("torch"),
     **{name: peers.PEERS[name] for name in ("grad-vmap", "vmap-grad", "compile", "loop", "higher", "jax")},
 }
-RIGHT = 1e-9  # of the float64 reference, as in bench.meta_step
-GROSS = 0.2  # float32 is held against gross faults only
 
 
 class OnGpu(Case):
@@ -86,7 +85,9 @@ def compare(case: Case, seconds: float) -> dict[str, Any]:
             rows[name] = {"absent": f"{type(error).__name__}: {text}"}
             continue
         rows[name]["wrong"] = not rows[name]["error_f64"] <= RIGHT
-        if name.startswith("fastmaml") and (rows[name]["wrong"] or not rows[name]["error_f32"] <= GROSS):
+        if name.startswith("fastmaml") and (
+            rows[name]["wrong"] or not rows[name]["error_f32"] <= FLOAT32_GROSS
+        ):
             raise SystemExit(f"{case.name}: {name} is off the reference, nothing is timed: {rows[name]}")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

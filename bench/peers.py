@@ -64,18 +64,17 @@ def _fastmaml(case: Case, dtype: torch.dtype, backend: str, autograd: bool = Fal
     return step
 
 
-def fastmaml_cpu(case: Case, dtype: torch.dtype) -> Step:
+def fastmaml_on(backend: str) -> Callable[[Case, torch.dtype], Step]:
     """The function that gives the meta-gradient and no graph, as torch.func.grad and jax.grad do."""
-    return _fastmaml(case, dtype, "cpu")
+    return lambda case, dtype: _fastmaml(case, dtype, backend)
+
+
+fastmaml_cpu = fastmaml_on("cpu")
 
 
 def fastmaml_autograd(case: Case, dtype: torch.dtype) -> Step:
     """`meta_loss(..).backward()`, as a training script has it."""
     return _fastmaml(case, dtype, "cpu", autograd=True)
-
-
-def fastmaml_torch(case: Case, dtype: torch.dtype) -> Step:
-    return _fastmaml(case, dtype, "torch")
 
 
 def reference(case: Case) -> list[Tensor]:
@@ -197,14 +196,10 @@ def jax_jit(case: Case, dtype: torch.dtype) -> Step:
     return peer_jax.build(case, dtype)
 
 
-def fastmaml_on(backend: str) -> Callable[[Case, torch.dtype], Step]:
-    return lambda case, dtype: _fastmaml(case, dtype, backend)
-
-
 PEERS: dict[str, Callable[[Case, torch.dtype], Step]] = {
     "fastmaml": fastmaml_cpu,
     "fastmaml-autograd": fastmaml_autograd,
-    "fastmaml-torch": fastmaml_torch,
+    "fastmaml-torch": fastmaml_on("torch"),
     "grad-vmap": grad_vmap,
     "vmap-grad": vmap_grad,
     "compile": compile_grad_vmap,

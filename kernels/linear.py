@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from .elementwise import activate, load_grad, slopes
-from .tiles import INTERPRETED, dot, number_or_elements, power_of_two, store_update, update_arguments
+from .tiles import (
+    INTERPRETED,
+    dot,
+    number_or_elements,
+    power_of_two,
+    slopes_from,
+    store_update,
+    stride,
+    update_arguments,
+)
 from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
 
 
@@ -299,7 +308,7 @@ def linear_forward(
     linear_forward_kernel[grid](
         x.value, w.value, b.value, y.value, None if z is None else z.value,
         x.t_value, w.tangent, b.tangent, w.lr, b.lr, y.t_value, stored_z,
-        M, I, O, w.value.stride(0), b.value.stride(0), _stride(w.tangent), _stride(b.tangent),
+        M, I, O, w.value.stride(0), b.value.stride(0), stride(w.tangent), stride(b.tangent),
         HAS_B=b.value is not w.value, HAS_T_X=x.t_value is not None,
         HAS_T_W=w.tangent is not None, HAS_T_B=b.tangent is not None,
         LR_W=number_or_elements(w.lr), LR_B=number_or_elements(b.lr),
@@ -317,9 +326,9 @@ def linear_backward_input(
     blocks = tile(M, I, O, reduce="O", precision=precision)
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_input_kernel[grid](
-        y.grad, y.t_grad, _at(y, z, act), None if z is None else z.t_value,
+        y.grad, y.t_grad, slopes_from(y, z, act), None if z is None else z.t_value,
         w.value, w.tangent, w.lr, x.t_grad if dual else x.grad,
-        M, I, O, w.value.stride(0), _stride(w.tangent),
+        M, I, O, w.value.stride(0), stride(w.tangent),
         HAS_T_W=w.tangent is not None, LR_W=number_or_elements(w.lr),
         ACT=act.name, ATTR=act.attr, ADD=add, DUAL=dual, PRECISION=precision, **blocks,
     )  # fmt: skip
@@ -336,16 +345,8 @@ def linear_backward_weight(
     blocks = tile(M, I, O, reduce="M", precision=precision)
     grid = T, triton.cdiv(O, blocks["BLOCK_O"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_weight_kernel[grid](
-        x.value, y.grad, x.t_value, y.t_grad, _at(y, z, act), None if z is None else z.t_value,
+        x.value, y.grad, x.t_value, y.t_grad, slopes_from(y, z, act), None if z is None else z.t_value,
         M=M, I=I, O=O, **update_arguments("w", update_w), **update_arguments("b", update_b),
         HAS_T_X=x.t_value is not None,
         ACT=act.name, ATTR=act.attr, DUAL=dual, PRECISION=precision, **blocks,
     )  # fmt: skip
-
-
-def _at(y: Buffer, z: Buffer | None, act: Activation):
-    return z.value if act.reads_input and z is not None else y.value
-
-
-def _stride(a) -> int:
-    return 0 if a is None else a.stride(0)

@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 
 from .elementwise import activate, load_grad, slopes
-from .tiles import as_number, check_group, number_or_elements, power_of_two, store_update, update_arguments
+from .tiles import (
+    as_number,
+    check_group,
+    number_or_elements,
+    power_of_two,
+    slopes_from,
+    store_update,
+    stride,
+    update_arguments,
+)
 from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
 
 
@@ -270,7 +279,7 @@ def norm_forward(
     norm_forward_kernel[(T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_C"]))](
         x.value, W.value, B.value, y.value, None if z is None else z.value, statistics,
         x.t_value, W.tangent, B.tangent, W.lr, B.lr, y.t_value, stored_z,
-        M, C, W.value.stride(0), B.value.stride(0), _stride(W.tangent), _stride(B.tangent),
+        M, C, W.value.stride(0), B.value.stride(0), stride(W.tangent), stride(B.tangent),
         EPS=eps, AXIS=axis, HAS_W=w is not None, HAS_B=b is not None, HAS_T_X=x.t_value is not None,
         HAS_T_W=W.tangent is not None, HAS_T_B=B.tangent is not None,
         LR_W=number_or_elements(W.lr), LR_B=number_or_elements(B.lr),
@@ -291,15 +300,11 @@ def norm_backward(
     W = w or Param(x.value)
     norm_backward_kernel[(T, triton.cdiv(C, blocks["BLOCK_C"]))](
         x.value, y.grad, x.t_value, y.t_grad,
-        z.value if act.reads_input and z is not None else y.value, None if z is None else z.t_value,
+        slopes_from(y, z, act), None if z is None else z.t_value,
         statistics, W.value, W.tangent, W.lr, x.t_grad if dual else x.grad,
-        M=M, C=C, w_stride=W.value.stride(0), t_w_stride=_stride(W.tangent),
+        M=M, C=C, w_stride=W.value.stride(0), t_w_stride=stride(W.tangent),
         AXIS=axis, HAS_PARAM=w is not None, HAS_T_X=x.t_value is not None, HAS_T_W=W.tangent is not None,
         T_LR=number_or_elements(W.lr), WANTS_X=wants_x, ADD=add,
         **update_arguments("w", update_w), **update_arguments("b", update_b),
         ACT=act.name, ATTR=act.attr, DUAL=dual, **blocks,
     )  # fmt: skip
-
-
-def _stride(a) -> int:
-    return 0 if a is None else a.stride(0)

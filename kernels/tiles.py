@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .types import Update
+from .types import Activation, Buffer, Update
 
 # The interpreter multiplies the bits of bfloat16: there operands are rounded to it, then taken as float32.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -83,6 +83,16 @@ def update_arguments(name: str, u: Update | None) -> dict[str, Any]:
         f"SCALE_{N}": u.scale is not None,
         f"SIGN_{N}": u.sign,
     }
+
+
+def stride(a: Tensor | None) -> int:
+    """From task to task"""
+    return 0 if a is None else a.stride(0)
+
+
+def slopes_from(y: Buffer, z: Buffer | None, act: Activation) -> Tensor:
+    """What f' and f'' are found from, see elementwise.slopes"""
+    return z.value if act.reads_input and z is not None else y.value
 
 
 def number_or_elements(lr: Tensor | None) -> str:

@@ -65,8 +65,8 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
     return encode(problem, dtype)
 
 
-def encode(problem: "Problem", dtype: torch.dtype) -> str | None:
-    """Fills problem.encoded, or says why csrc/ has no kernels for the problem, on the CPU or a GPU."""
+def why_no_kernels(problem: "Problem", dtype: torch.dtype) -> str | None:
+    """Why neither csrc/ nor kernels/ has what the problem needs, on any device; None if they do."""
     if dtype not in (torch.float32, torch.float64):
         return f"it takes float32 and float64, not {dtype}"
     if problem.program is None:
@@ -75,9 +75,15 @@ def encode(problem: "Problem", dtype: torch.dtype) -> str | None:
         return "the loss is a callable; it knows MSE and CrossEntropy"
     if isinstance(problem.loss, CrossEntropy) and len(problem.program.buffers[problem.program.output]) != 1:
         return "cross entropy takes outputs [N, C] here"
-    if not problem.encoded:  # here, where torch.compile does not look on
-        problem.encoded.update({itemsize: _text(problem, itemsize) for itemsize in (4, 8)})
     return None
+
+
+def encode(problem: "Problem", dtype: torch.dtype) -> str | None:
+    """Fills problem.encoded, or says why csrc/ has no kernels for the problem, on the CPU or a GPU."""
+    why = why_no_kernels(problem, dtype)
+    if why is None and not problem.encoded:  # here, where torch.compile does not look on
+        problem.encoded.update({itemsize: _text(problem, itemsize) for itemsize in (4, 8)})
+    return why
 
 
 def _fold_relu(program: Program) -> dict[int, tuple[int, float]]:

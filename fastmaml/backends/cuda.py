@@ -334,6 +334,5 @@ def inner_loop_backward(problem, *args, rule=(), **how):
     return _for(rule).inner_loop_backward(problem, *args, rule=rule, **how)
 
 
-def meta_loss(problem, *args, rule=(), factored=(), **how):
-    # Weights that fit in shared memory gain nothing as factors, whose result would be the same.
-    return _for(rule).meta_loss(problem, *args, rule=rule, **({"factored": factored} if rule else {}), **how)
+def meta_loss(problem, *args, rule=(), **how):
+    return _for(rule).meta_loss(problem, *args, rule=rule, **how)

@@ -53,9 +53,11 @@ class SmallMlp(Engine):
         kind, new, T, P = self.kind, self.kind.like.new_zeros, self.T, self.P
         self.w0 = new(T if any(self.own) else 1, P)
         self.scale = self.kind.like.new_full((1,), kind.scale)
-        order = [p for node in self.plan.nodes for p in (node.w, node.b)]
-        self.order = torch.tensor(order, device=self.scale.device)
-        self.lr_in_order = new(self.K, self.lr.shape[1])
+        self.order = [p for node in self.plan.nodes for p in (node.w, node.b) if p is not None]
+        self.lr_in_order = self.lr
+        if self.lr.shape[1] > 1:
+            self.columns = torch.tensor(self.order, device=self.lr.device)
+            self.lr_in_order = torch.zeros_like(self.lr)
         self.kept = new(self.K if second_order else 1, T, P)
         self.v = new(T, P) if self.adjoint else None
         self.loss = new(T)
@@ -66,13 +68,10 @@ class SmallMlp(Engine):
         kind, nodes = self.kind, self.plan.nodes
         assert kind.support is not None
         assert kind.query is not None
-        order = [p for node in nodes for p in (node.w, node.b)]
-        places = tuple(self.places[p][2] for p in order if p is not None)
+        places = tuple(self.places[p][2] for p in self.order)
         widths = self.plan.sizes[0][1], *(self.plan.sizes[node.out][1] for node in nodes)
-        if self.lr.shape[1] == 1:
-            self.lr_in_order.copy_(self.lr)
-        else:
-            torch.index_select(self.lr, 1, self.order, out=self.lr_in_order)
+        if self.lr_in_order is not self.lr:
+            torch.index_select(self.lr, 1, self.columns, out=self.lr_in_order)
         self.sweep.passes.mlp(
             kind.support, kind.query, self.w0, self.lr_in_order, self.scale, self.kept, self.v, self.loss,
             widths, places, nodes[0].act,
@@ -81,8 +80,5 @@ class SmallMlp(Engine):
             steps=self.K, first_order=kind.first_order,
         )  # fmt: skip
         self.loss.mul_(self.scale)
-        if self.grads is not None and self.v is not None:
-            if len(self.grads) == self.T:
-                self.grads.copy_(self.v)
-            else:
-                torch.sum(self.v, 0, keepdim=True, out=self.grads)
+        if self.grads is not None:
+            self._write_grads(self.grads)

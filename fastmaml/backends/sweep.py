@@ -164,7 +164,7 @@ class Frames:
 class Sweep:
     """Runs the passes. params: place -> types.Param; updates: place -> types.Update, absent: not wanted.
 
-    rows: by node, the layers whose weights stay factors; `rate`: place -> the step size by which v is scaled
+    rows: by node, the layers whose weights stay factors; rates: by node, the step size that scales v there
     """
 
     def __init__(self, plan: Plan, passes: ModuleType | SimpleNamespace, loss: Any, precision: str) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..losses import MSE, CrossEntropy
+from . import cpu
 from .engine import Engine
 from .request import Examples, Functions, Request, Result
 from .small_mlp import SmallMlp, fits
@@ -63,15 +63,7 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
         return f"it takes {'CPU tensors here' if EMULATED else 'CUDA tensors'}, not {device.type}"
     if isinstance(why := kernels(), str):
         return why
-    if dtype not in (torch.float32, torch.float64):
-        return f"it takes float32 and float64, not {dtype}"
-    if problem.program is None:
-        return problem.why_no_program or "the model has no Program"
-    if not isinstance(problem.loss, (type(None), MSE, CrossEntropy)):
-        return "the loss is a callable; it knows MSE and CrossEntropy"
-    if isinstance(problem.loss, CrossEntropy) and len(problem.program.buffers[problem.program.output]) != 1:
-        return "cross entropy takes outputs [N, C] here"
-    return None
+    return cpu.why_no_kernels(problem, dtype)
 
 
 def engine_of(passes: ModuleType, request: Request, precision: str = "ieee") -> Engine:
