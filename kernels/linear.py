@@ -11,6 +11,7 @@ from .elementwise import activate, load_grad, slopes
 from .tiles import (
     INTERPRETED,
     dot,
+    load_scaled,
     number_or_elements,
     power_of_two,
     slopes_from,
@@ -67,9 +68,7 @@ def linear_forward_kernel(
     if HAS_T_X:
         t_x_ptr += rows * I
     if HAS_T_W:
-        t_w_ptr += t * t_w_stride + o[None, :].to(tl.int64) * I
-        if LR_W == "elements":
-            lr_w_ptr += o[None, :].to(tl.int64) * I
+        t_w_ptr += t * t_w_stride
     o_mask = (o < O)[None, :]
     m_mask = (m < M)[:, None]
 
@@ -86,11 +85,8 @@ def linear_forward_kernel(
                 acc = dot(t_x, w, acc, PRECISION)
             if HAS_T_W:
                 x = tl.load(x_ptr + i[None, :], mask=x_mask, other=0.0)
-                t_w = tl.load(t_w_ptr + i[:, None], mask=w_mask, other=0.0)
-                if LR_W == "elements":
-                    t_w *= tl.load(lr_w_ptr + i[:, None], mask=w_mask, other=0.0)
-                elif LR_W == "number":
-                    t_w *= tl.load(lr_w_ptr)
+                at = o[None, :].to(tl.int64) * I + i[:, None]
+                t_w = load_scaled(t_w_ptr, lr_w_ptr, at, w_mask, LR_W)
                 acc = dot(x, t_w, acc, PRECISION)
         else:
             x = tl.load(x_ptr + i[None, :], mask=x_mask, other=0.0)
@@ -101,12 +97,7 @@ def linear_forward_kernel(
     mask = m_mask & o_mask
     if DUAL:
         if HAS_T_B:
-            t_b = tl.load(t_b_ptr + t * t_b_stride + o, mask=o < O, other=0.0)
-            if LR_B == "elements":
-                t_b *= tl.load(lr_b_ptr + o, mask=o < O, other=0.0)
-            elif LR_B == "number":
-                t_b *= tl.load(lr_b_ptr)
-            acc += t_b[None, :]
+            acc += load_scaled(t_b_ptr + t * t_b_stride, lr_b_ptr, o, o < O, LR_B)[None, :]
         if STORE_Z:
             tl.store(t_z_ptr + e, acc, mask=mask)
         if ACT != "none":
@@ -170,11 +161,7 @@ def linear_backward_input_kernel(
         if DUAL:
             acc = dot(t_g, w, acc, PRECISION)
             if HAS_T_W:
-                t_w = tl.load(t_w_ptr + at, mask=w_mask, other=0.0)
-                if LR_W == "elements":
-                    t_w *= tl.load(lr_w_ptr + at, mask=w_mask, other=0.0)
-                elif LR_W == "number":
-                    t_w *= tl.load(lr_w_ptr)
+                t_w = load_scaled(t_w_ptr, lr_w_ptr, at, w_mask, LR_W)
                 acc = dot(g, t_w, acc, PRECISION)
         else:
             acc = dot(g, w, acc, PRECISION)

@@ -12,6 +12,7 @@ from .elementwise import activate, load_grad, slopes
 from .tiles import (
     as_number,
     check_group,
+    load_scaled,
     number_or_elements,
     power_of_two,
     slopes_from,
@@ -26,17 +27,6 @@ from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
 def mean(a, count, AXIS: tl.constexpr):
     """Of each group, to be broadcast over it."""
     return tl.expand_dims(tl.sum(a, AXIS), AXIS) / count
-
-
-@triton.jit
-def load_param(ptr, lr_ptr, t, c, mask, stride, LR: tl.constexpr):
-    """[1, BLOCK_C], times the step sizes"""
-    a = tl.load(ptr + t * stride + c, mask=mask, other=0.0)
-    if LR == "elements":
-        a *= tl.load(lr_ptr + c, mask=mask, other=0.0)
-    elif LR == "number":
-        a *= tl.load(lr_ptr)
-    return a[None, :]
 
 
 @triton.jit
@@ -103,9 +93,9 @@ def norm_forward_kernel(
             if HAS_W:
                 out *= tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
         if HAS_T_W:
-            out += h * load_param(t_w_ptr, lr_w_ptr, t, c, c_mask, t_w_stride, LR_W)
+            out += h * load_scaled(t_w_ptr + t * t_w_stride, lr_w_ptr, c, c_mask, LR_W)[None, :]
         if HAS_T_B:
-            out += load_param(t_b_ptr, lr_b_ptr, t, c, c_mask, t_b_stride, LR_B)
+            out += load_scaled(t_b_ptr + t * t_b_stride, lr_b_ptr, c, c_mask, LR_B)[None, :]
         if STORE_Z:
             tl.store(t_z_ptr + e, out, mask=mask)
         if ACT != "none":
@@ -193,7 +183,7 @@ def norm_backward_kernel(
     if HAS_PARAM:
         w = tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
     if HAS_T_W:
-        t_w = load_param(t_w_ptr, t_lr_ptr, t, c, c_mask, t_w_stride, T_LR)
+        t_w = load_scaled(t_w_ptr + t * t_w_stride, t_lr_ptr, c, c_mask, T_LR)[None, :]
 
     for start in range(0, M, BLOCK_M):  # once for batch norm: a column is a group
         m = start + tl.arange(0, BLOCK_M)

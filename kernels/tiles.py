@@ -34,6 +34,17 @@ def as_number(n, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_scaled(ptr, lr_ptr, e, mask, LR: tl.constexpr):
+    """The elements e of a tangent, times its step sizes: types.Param"""
+    a = tl.load(ptr + e, mask=mask, other=0.0)
+    if LR == "elements":
+        a *= tl.load(lr_ptr + e, mask=mask, other=0.0)
+    elif LR == "number":
+        a *= tl.load(lr_ptr)
+    return a
+
+
+@triton.jit
 def store_update(
     grad,
     t,
