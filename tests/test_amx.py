@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_planted_faults import CSRC, TESTS, run
+from faults import planted, run
+from test_planted_faults import CSRC, TESTS
 
 from fastmaml.backends import cpu
 
@@ -76,11 +77,7 @@ def test_products(objects: Path) -> None:
 
 @pytest.mark.parametrize(("file", "text", "fault"), FAULTS)
 def test_planted_fault_is_caught(objects: Path, tmp_path: Path, file: str, text: str, fault: str) -> None:
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cpu" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{source.count(text)} times in {file}: {text}"
-    path.write_text(source.replace(text, fault))
+    planted((file, text, fault), CSRC, tmp_path / "csrc", "cpu")
     for name in ("test_amx.o", "amx.o", "arena.o"):
         shutil.copy(objects / name, tmp_path)
     build(tmp_path / "csrc", tmp_path, "amx" if file == "amx.cpp" else "test_amx")

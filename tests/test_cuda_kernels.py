@@ -1,14 +1,11 @@
 """The CUDA kernels' source on the CPU: against the engine of csrc/cpu, under sanitizers, with planted faults."""
 
-import os
 import shutil
-import subprocess
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faults import missed, planted, run, time_limit
 
 ROOT = Path(__file__).parents[1]
 CSRC, TEST = ROOT / "csrc", ROOT / "tests" / "cuda" / "test_inner_loop.cpp"
@@ -102,12 +99,6 @@ pytestmark = [
 ]
 
 
-def run(*command: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
 def compiled(folder: Path, source: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
     target = folder / f"{source.stem}.o"
     done = run(*COMPILE, *flags, "-I", csrc, "-c", source, "-o", target)
@@ -129,17 +120,6 @@ def build(engine: list[Path], folder: Path, csrc: Path = CSRC, flags: Sequence[s
     return folder / "test"
 
 
-def planted(fault: tuple[str, str, str], folder: Path) -> Path:
-    """A copy of csrc with it."""
-    file, text, becomes = fault
-    shutil.copytree(CSRC, folder / "csrc")
-    path = folder / "csrc" / "cuda" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{file}: {source.count(text)} times in it: {text}"
-    path.write_text(source.replace(text, becomes))
-    return folder / "csrc"
-
-
 def test_against_the_cpu_engine_in_every_order_of_the_threads(engine: list[Path], tmp_path: Path) -> None:
     test = build(engine, tmp_path, flags=["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
     for threads in (32, 64, 256):
@@ -157,32 +137,14 @@ def test_races(engine: list[Path], tmp_path: Path) -> None:
     sound = build(engine, tmp_path, flags=TSAN)
     done = [run(sound, 64, 9) for _ in range(8)]
     assert all(d.returncode == 0 for d in done), "\n".join(d.stdout + d.stderr for d in done)
-    csrc = planted(RACE, tmp_path / "race")
+    csrc = planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")
     racy = build(engine, tmp_path / "race", csrc, TSAN)
     runs = (run(racy, 64, 9) for _ in range(5))
     assert any("data race" in d.stderr for d in runs)
 
 
-def caught(number: int, engine: list[Path], folder: Path, limit: float) -> str | None:
-    """None, or what went wrong."""
-    file, text, fault = FAULTS[number]
-    here = folder / str(number)
-    try:
-        test = build(engine, here, planted(FAULTS[number], here))
-        passed = run(test, 64, timeout=limit).returncode == 0
-    except AssertionError as error:
-        return str(error)
-    except subprocess.TimeoutExpired:  # it hangs, since the sound one took a tenth of that
-        passed = False
-    shutil.rmtree(here)
-    return f"{file}: not caught: {fault or 'without ' + text}" if passed else None
-
-
 def test_planted_faults_are_caught(engine: list[Path], tmp_path: Path, every: int) -> None:
-    test = build(engine, tmp_path)
-    start = time.perf_counter()
-    assert run(test, 64).returncode == 0
-    limit = 10 * (time.perf_counter() - start) + 10
-    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-        problems = list(pool.map(lambda n: caught(n, engine, tmp_path, limit), range(0, len(FAULTS), every)))
-    assert not (found := [p for p in problems if p]), "\n".join(found)
+    limit = time_limit(build(engine, tmp_path), 64)
+    with_fault = lambda csrc, folder: build(engine, folder, csrc)  # noqa: E731
+    found = missed(FAULTS[::every], CSRC, "cuda", tmp_path, with_fault, limit, 64)
+    assert not found, "\n".join(found)

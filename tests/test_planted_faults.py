@@ -1,12 +1,10 @@
 """The C++ tests see faults in every kernel: each of these is planted in a copy of the sources and must be caught."""
 
 import shutil
-import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faults import missed, run, time_limit
 
 ROOT = Path(__file__).parents[1]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cpp"
@@ -138,12 +136,6 @@ pytestmark = [
 ]
 
 
-def run(*command: object, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
 def build(csrc: Path, objects: list[Path], folder: Path) -> Path:
     done = run(*COMPILE, "-I", csrc, "-c", csrc / "cpu" / "isa_generic.cpp", "-o", folder / "engine.o")
     assert done.returncode == 0, done.stderr
@@ -152,36 +144,13 @@ def build(csrc: Path, objects: list[Path], folder: Path) -> Path:
     return folder / "test"
 
 
-def caught(number: int, objects: list[Path], folder: Path, limit: float) -> str | None:
-    """None, or what went wrong."""
-    file, text, fault = FAULTS[number]
-    here = folder / str(number)
-    shutil.copytree(CSRC, here / "csrc")
-    path = here / "csrc" / "cpu" / file
-    source = path.read_text()
-    if source.count(text) != 1:
-        return f"{file}: {source.count(text)} times in it: {text}"
-    path.write_text(source.replace(text, fault))
-    test = build(here / "csrc", objects, here)
-    try:
-        passed = run(test, timeout=limit).returncode == 0
-    except subprocess.TimeoutExpired:  # it hangs, since the sound one took a tenth of that
-        passed = False
-    shutil.rmtree(here)
-    return f"{file}: not caught: {fault or 'without ' + text}" if passed else None
-
-
 def test_planted_faults_are_caught(tmp_path: Path, every: int) -> None:
     sources = [TESTS / "test_inner_loop.cpp", CSRC / "cpu" / "arena.cpp"]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     for source, target in zip(sources, objects, strict=True):
         done = run(*COMPILE, "-O1", "-I", CSRC, "-c", source, "-o", target)
         assert done.returncode == 0, done.stderr
-    test = build(CSRC, objects, tmp_path)
-    start = time.perf_counter()
-    sound = run(test)
-    limit = 10 * (time.perf_counter() - start) + 10
-    assert sound.returncode == 0, sound.stdout
-    with ThreadPoolExecutor(2) as pool:
-        problems = list(pool.map(lambda n: caught(n, objects, tmp_path, limit), range(0, len(FAULTS), every)))
-    assert not (found := [p for p in problems if p]), "\n".join(found)
+    limit = time_limit(build(CSRC, objects, tmp_path))
+    with_fault = lambda csrc, folder: build(csrc, objects, folder)  # noqa: E731
+    found = missed(FAULTS[::every], CSRC, "cpu", tmp_path, with_fault, limit)
+    assert not found, "\n".join(found)

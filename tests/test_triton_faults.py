@@ -17,6 +17,7 @@ import test_kernels
 import test_triton
 import torch
 from cases import error
+from faults import planted
 from test_random_programs import _everything, meta_loss
 
 from fastmaml import functional, reference
@@ -111,16 +112,12 @@ FAULTS = [
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fault in a kernel may wedge the GPU")
 @pytest.mark.parametrize("number", range(len(FAULTS)))
 def test_a_planted_fault_is_caught(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, text, fault, test = FAULTS[number]
+    file, text, becomes, test = FAULTS[number]
     name = f"faulty_{number}"
-    shutil.copytree(KERNELS, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / name / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"{file}: {source.count(text)} times in it: {text}"
+    planted((file, text, becomes), KERNELS, tmp_path / name)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(test_kernels, "kernels", importlib.import_module("fastmaml.kernels"))
     test()  # passes without it
-    path.write_text(source.replace(text, fault))
     monkeypatch.setattr(test_kernels, "kernels", importlib.import_module(name))
     with pytest.raises((AssertionError, RuntimeError)):
         test()
@@ -157,13 +154,8 @@ def test_the_compilers_representation_is_sound(tmp_path: Path) -> None:
 @needs_ttsem
 def test_a_race_between_programs_is_caught_there(tmp_path: Path) -> None:
     """Programs of a task that add to the same part of a gradient."""
-    faulty = tmp_path / "kernels"
-    shutil.copytree(KERNELS, faulty)
-    path = faulty / "linear.py"
     text = "    i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)\n    rows ="
-    source = path.read_text()
-    assert source.count(text) == 1
-    path.write_text(source.replace(text, "    i = tl.arange(0, BLOCK_I)\n    rows ="))
-    done = semantics(faulty, tmp_path / "tree")
+    fault = "linear.py", text, "    i = tl.arange(0, BLOCK_I)\n    rows ="
+    done = semantics(planted(fault, KERNELS, tmp_path / "kernels"), tmp_path / "tree")
     assert done.returncode != 0
     assert "write-write" in done.stdout
