@@ -174,10 +174,11 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
     side_by_side: do the tasks run so, for the sake of a factored layer inside the network? Dense weights then
     have those of other tasks beside them in the cache.
 
-    Fitted by non-negative least squares to `python -m bench.forms` on an Intel Xeon with AVX-512, 2 threads.
-    Another machine has other nanoseconds, but much the same ratios. Query examples, of which those runs had
-    few, count alike in both forms: a task has rows enough of them. What dense weights pay for an optimizer
-    and for losses on more steps is read off a few runs of each; factored ones pay for the rows of the latter.
+    Fitted to `python -m bench.forms` on an Intel Xeon (2 threads) and an AMD EPYC (1 thread), both AVX-512:
+    by non-negative least squares, then so that the choice is near the best form on both. Another machine has
+    other nanoseconds, but much the same ratios. Query examples, of which those runs had few, count nearly
+    alike in both forms: a task has rows enough of them. What dense weights pay for an optimizer and for
+    losses on more steps is read off a few runs of each; factored ones pay for the rows of the latter.
     """
     I, O, T, K = layer.I, layer.O, sizes.T, sizes.K
     N, Q, more = sizes.N * layer.rows, sizes.Q * layer.rows, sizes.losses - 1
@@ -187,27 +188,28 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
         time = (
             0.0183 * IO * (4 * N * K + 2 * Q * sizes.losses)
             if layer.fixed_input
-            else IO * (0.0161 * 9 * N * K + 0.012 * 3 * Q * sizes.losses)
+            else IO * (0.0161 * 9 * N * K + 0.0144 * 3 * Q * sizes.losses)
         )
-        time += 0.0386 * passes + 4.28 * IO / T + (2.2 * IO * K if sizes.optimizer else 0.0)
+        time += 0.0418 * passes + 3.6 * IO / T + (2.2 * IO * K if sizes.optimizer else 0.0)
         if 4 * IO * (K + 2) > 2**20:
-            time += 0.0236 * passes
+            time += 0.0235 * passes
         if side_by_side and 4 * IO * (K + 2) * together > 2**19:
-            time += 0.163 * IO * ((21 if sizes.optimizer else 9) * K + 6 * more)
+            time += 0.151 * IO * ((21 if sizes.optimizer else 9) * K + 6 * more)
         return time
     if layer.fixed_input:
         thin = (N + Q) * N * I + O * (K * N * N + sizes.losses * Q * N + K * N * (N + Q))
         rows = O * 2 * (N * K + Q * sizes.losses)
-        return 0.0115 * IO * 2 * (N + Q) + 0.015 * thin + 1.123 * rows + 3.44 * IO / together
+        return 0.0115 * IO * 2 * (N + Q) + 0.0132 * thin + 0.771 * rows + 3.44 * IO / together + 1000 / T
     before = sizes.losses * (K + 1) / 2 if more else K  # steps that the query sets have before them
     thin = 4 * N * (I + O) * (K * (K - 1) * N + before * Q)
     rows = (I + O) * (4 * N * K + 2 * Q * sizes.losses)
     return (
-        IO * (0.011 * 6 * N * K + 0.012 * 3 * Q * sizes.losses)
+        IO * (0.011 * 6 * N * K + 0.00818 * 3 * Q * sizes.losses)
         + 0.02 * thin
-        + 0.406 * rows
-        + 78 * (K * K + 4 * K)
-        + 2.29 * IO / T
+        + 0.467 * rows
+        + 82 * (K * K + 4 * K)
+        + 3.34 * IO / T
+        + 1500 / T
     )
 
 
