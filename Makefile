@@ -1,7 +1,7 @@
 # Every target prepares .venv by itself. pip's own settings decide where packages come from.
 PYTHON ?= python3
 TORCH ?= 2.13.0
-# what CUDA builds of torch 2.14 bring along; CPU builds have none
+# where torch brings none along, as its builds for the CPU
 TRITON ?= 3.8.0
 # torch releases that check-wheel runs the tests on; the wheel itself is built against $(TORCH)
 CHECK_TORCH ?= 2.13.0 2.10.0
@@ -24,7 +24,8 @@ $(V)/bin/python:
 	$(PYTHON) -m venv $(V)
 
 $(V)/.torch: Makefile | $(V)/bin/python
-	$(PIP) --quiet "torch==$(TORCH)" "triton==$(TRITON)" numpy "setuptools>=77" wheel ninja
+	$(PIP) --quiet "torch==$(TORCH)" numpy "setuptools>=77" wheel ninja
+	$(V)/bin/python -c "import triton" 2>/dev/null || $(PIP) --quiet "triton==$(TRITON)"
 	touch $@
 
 # The editable install leaves the extension out, so that it is built once, incrementally, and its output is seen.
