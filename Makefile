@@ -82,18 +82,19 @@ gpu: setup
 
 gpu-static: setup
 	$(V)/bin/python -m bench.gpu_static --out bench/results/gpu_static.md
+	$(V)/bin/python -m bench.cuda_static --out bench/results/cuda_static.md
 	$(V)/bin/python -m bench.gpu_counts --out bench/results/gpu_counts.md
 
 lint: setup $(V)/.dev
 	$(V)/bin/ruff check .
 	$(V)/bin/ruff format --check .
 	$(V)/bin/pyright
-	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp)
+	$(V)/bin/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp tests/cuda/*.h)
 
 format: setup $(V)/.dev
 	$(V)/bin/ruff check --fix-only .
 	$(V)/bin/ruff format .
-	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp)
+	$(V)/bin/clang-format -i $(CSRC) $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cuda/*.cpp tests/cuda/*.h)
 
 # The C++ tests drive the engine, csrc/cpu, without torch: its variant for 16-byte vectors, and the products on
 # the matrix unit, once per sanitizer.

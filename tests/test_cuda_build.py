@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -26,25 +25,24 @@ def nvcc() -> str | None:
 
 
 @source_tree
-def test_no_kernel_spills() -> None:
-    """By what ptxas said when the extension was built."""
+def test_no_kernel_spills_and_tensor_cores_are_where_they_should() -> None:
+    """By what ptxas said when the extension was built, and by its code."""
     if nvcc() is None:
         pytest.skip("no nvcc")
     if os.environ.get("FASTMAML_CUDA") == "0" or not LOG.exists():
         pytest.skip("the extension was built without CUDA kernels (FASTMAML_CUDA=0)")
-    kernel, found = None, {}
-    for line in LOG.read_text().splitlines():
-        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
-            kernel = match.groups()
-        if match := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        ):
-            found[kernel] = tuple(map(int, match.groups()))
-    names = {name for name, _ in found}
-    assert len(names) == 4, names  # the inner loop and the sum over tasks, in float32 and float64
+    pytest.importorskip("triton")  # for its cuobjdump
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.cuda_static"],
+        env={n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ")[:2] for line in done.stdout.splitlines() if line.startswith("| sm_")]
+    # the inner loop in float64 and in three precisions of float32, and the sum over tasks
+    assert len({name for _, name in rows}) == 6
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") is None
-    assert {arch for _, arch in found} == set(ARCHITECTURES) or not wanted
-    assert not {key: bytes for key, bytes in found.items() if bytes != (0, 0, 0)}
+    assert {arch.removeprefix("| ") for arch, _ in rows} == set(ARCHITECTURES) or not wanted
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")

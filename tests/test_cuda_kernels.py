@@ -8,7 +8,8 @@ import pytest
 from faults import missed, planted, run, time_limit
 
 ROOT = Path(__file__).parents[1]
-CSRC, TEST = ROOT / "csrc", ROOT / "tests" / "cuda" / "test_inner_loop.cpp"
+CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cuda"
+INNER_LOOP, MMA = TESTS / "test_inner_loop.cpp", TESTS / "test_mma.cpp"
 COMPILE = [
     "g++",
     "-std=c++17",
@@ -25,7 +26,7 @@ ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 FAULTS = [
     # a barrier left out
     ("sweep.cuh", "      forward_op<false>(i, op, p);\n    __syncthreads();", "      forward_op<false>(i, op, p);"),
-    ("sweep.cuh", "      backward_op<Dual>(i, op, p);\n    __syncthreads();", "      backward_op<Dual>(i, op, p);"),
+    ("sweep.cuh", "      backward_op<Dual, P>(i, op, p);\n    __syncthreads();", "      backward_op<Dual, P>(i, op, p);"),
     ("sweep.cuh", "  }\n  __syncthreads();\n}", "  }\n}"),
     ("task.cuh", "      begin();\n      __syncthreads();", "      begin();"),
     ("task.cuh", "    __syncthreads();\n    if (turn != Turn::query || table.v", "    if (turn != Turn::query || table.v"),
@@ -49,8 +50,8 @@ FAULTS = [
     ("gelu.cuh", "second = density * (2 - x * x)", "second = density * (1 - x * x)"),
     ("gelu.cuh", "second = t1 + T(0.5) * x * t2", "second = t1 + x * t2"),
     ("leaky_relu.cuh", "first = x > 0 ? T(1) : slope", "first = 1"),
-    ("linear.cuh", "if (op.act) t_y = leaky_relu_grad(t_y, y, T(op.slope));", ""),
-    ("linear.cuh", "t_sum[r].at[l] = leaky_relu_grad(t_sum[r].at[l], y.at[l], T(op.mask_slope))", "(void)y"),
+    ("folded.cuh", "if (op.act) t_y = leaky_relu_grad(t_y, y, T(op.slope));", ""),
+    ("folded.cuh", "t_g.at[l] = leaky_relu_grad(t_g.at[l], y.at[l], T(op.mask_slope))", "(void)y"),
     ("norm.cuh", "t_v += load_tangent(t_w, c, c) * h_at", "t_v += 0"),
     ("norm.cuh", "- h[at] * t_m;", ";"),
     ("norm.cuh", "t_along += t_h_at(at) * u + h[at] * t_u", "t_along += h[at] * t_u"),
@@ -74,7 +75,7 @@ FAULTS = [
     # a bound left out
     ("linear.cuh", "if (o >= width) continue;", ""),
     ("linear.cuh", "const int n = row + r * tall;\n        if (n >= rows) continue;", "const int n = row + r * tall;"),
-    ("linear.cuh", "const int n = row + r * tall;\n      if (n >= rows) continue;", "const int n = row + r * tall;"),
+    ("linear.cuh", "if (n < rows) put_grad_x<Dual>", "put_grad_x<Dual>"),
     ("linear.cuh", "      if (o + r < q.O)\n", ""),
     ("pass.cuh", "to.each_product[flat + j] -= part", "to.each_product[flat] -= part"),
     ("pass.cuh", "v.at[j] *= j < size ? t.rates[flat + j] : T(0)", "v.at[j] *= t.rates[j]"),
@@ -92,6 +93,46 @@ FAULTS = [
     ("task.cuh", "sum += static_cast<const T*>(of.rows)", "sum = static_cast<const T*>(of.rows)"),
 ]  # fmt: skip
 RACE = FAULTS[1]
+# the same for the products on tensor cores, which test_mma.cpp finds
+MMA_FAULTS = [
+    *FAULTS[:3],  # a barrier left out
+    # another lane's numbers, or another register's
+    ("mma.cuh", "i + lane() / 4 + 8 * lower", "i + lane() % 8 + 8 * lower"),
+    ("mma.cuh", "i + lane() / 4 + 8 * lower", "i + lane() / 4 + 4 * lower"),
+    ("mma.cuh", "(lane() % 4 + 4 * further)", "(lane() / 8 + 4 * further)"),
+    ("mma.cuh", "(lane() % 4 + 4 * further)", "(lane() % 4 + 2 * further)"),
+    ("mma.cuh", "n == 4 ? r % 2 : 0", "n == 4 ? r / 2 : 0"),
+    ("mma.cuh", "n == 4 ? r / 2 : r;", "n == 4 ? r % 2 : r;"),
+    ("mma.cuh", "to_bf16(of(i, k), of(i, k + 1))", "to_bf16(of(i, k), of(i + 1, k))"),
+    ("mma.cuh", "return lane() / 4;", "return lane() % 8;"),
+    ("mma.cuh", "return 2 * (lane() % 4);", "return lane() % 4;"),
+    # a part of the product dropped, or one too many
+    ("mma.cuh", "multiply_add<P>(t_sum, tangent, part_b)", "(void)tangent"),
+    ("mma.cuh", "multiply_add<P>(t_sum, part_a, tangent)", "(void)tangent"),
+    ("mma.cuh", "tile_depth = 8 * in_register<P>", "tile_depth = 16"),
+    ("mma.cuh", "Dual && moves_a", "Dual"),
+    ("mma.cuh", "tile % wide * tile_columns", "tile % wide * 2 * tile_columns"),
+    ("linear_mma.cuh", "bias = p.param(op.b)[o];", "bias = p.param(op.b)[column];"),
+    ("linear_mma.cuh", "t_bias = load_tangent", "(void)load_tangent"),
+    # a mask left out
+    ("linear_mma.cuh", "n < rows && i < q.I ? x[", "n < rows ? x["),
+    ("linear_mma.cuh", "n < rows && i < q.I ? t_x[", "n < rows ? t_x["),
+    ("linear_mma.cuh", "n < rows && o < q.O ? d[", "n < rows ? d["),
+    ("linear_mma.cuh", "n < rows && o < q.O ? t_d[", "n < rows ? t_d["),
+    ("linear_mma.cuh", "i < q.I && o < q.O ? w[", "i < q.I ? w["),
+    ("linear_mma.cuh", "o < q.O && n < rows ? d[", "o < q.O ? d["),
+    ("linear_mma.cuh", "o < q.O && n < rows ? t_d[", "o < q.O ? t_d["),
+    ("linear_mma.cuh", "i < q.I && n < rows ? x[", "i < q.I ? x["),
+    ("linear_mma.cuh", "if (o >= width) continue;", ""),
+    ("linear_mma.cuh", "if (n < rows) put_y", "put_y"),
+    ("linear_mma.cuh", "if (n < rows && i < width) put_grad_x", "if (n < rows) put_grad_x"),
+    ("linear_mma.cuh", "if (n < rows && i < width) put_grad_x", "if (i < width) put_grad_x"),
+    ("linear_mma.cuh", "if (o < q.O && i < width)", "if (o < q.O)"),
+    ("linear_mma.cuh", "if (o < q.O && i < width)", "if (i < width)"),
+    # the end of a parameter's gradient
+    ("linear_mma.cuh", "o * q.ld + i, o * q.I + i, q.I - i, g[r]", "o * q.ld + i, o * q.ld + i, q.I - i, g[r]"),
+    ("linear_mma.cuh", "  finish_products(p, op.w, product);\n", ""),
+]  # fmt: skip
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
@@ -113,38 +154,51 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [compiled(folder, CSRC / "cpu" / f"{name}.cpp") for name in ("isa_generic", "arena")]
 
 
-def build(engine: list[Path], folder: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
+def build(engine: list[Path], test: Path, folder: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
     folder.mkdir(exist_ok=True)
-    done = run("g++", "-pthread", *flags, compiled(folder, TEST, csrc, flags), *engine, "-o", folder / "test")
+    done = run("g++", "-pthread", *flags, compiled(folder, test, csrc, flags), *engine, "-o", folder / "test")
     assert done.returncode == 0, done.stderr
     return folder / "test"
 
 
-def test_against_the_cpu_engine_in_every_order_of_the_threads(engine: list[Path], tmp_path: Path) -> None:
-    test = build(engine, tmp_path, flags=["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
+EACH_TEST = pytest.mark.parametrize("test", [INNER_LOOP, MMA], ids=lambda test: test.stem)
+
+
+@EACH_TEST
+def test_against_the_cpu_engine_in_every_order_of_the_threads(
+    engine: list[Path], tmp_path: Path, test: Path
+) -> None:
+    runs = build(engine, test, tmp_path, flags=["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
     for threads in (32, 64, 256):
-        done = run(test, threads)
+        done = run(runs, threads)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_bounds_alignment_and_undefined_behaviour(engine: list[Path], tmp_path: Path) -> None:
-    done = run(build(engine, tmp_path, flags=ASAN), 64, 3)
+@EACH_TEST
+def test_bounds_alignment_and_undefined_behaviour(engine: list[Path], tmp_path: Path, test: Path) -> None:
+    done = run(build(engine, test, tmp_path, flags=ASAN), 64, 3)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_races(engine: list[Path], tmp_path: Path) -> None:
+@EACH_TEST
+def test_races(engine: list[Path], tmp_path: Path, test: Path) -> None:
     """ThreadSanitizer, which sees a race in most runs, not in each: so there are several, and one is planted."""
-    sound = build(engine, tmp_path, flags=TSAN)
+    sound = build(engine, test, tmp_path, flags=TSAN)
     done = [run(sound, 64, 9) for _ in range(8)]
     assert all(d.returncode == 0 for d in done), "\n".join(d.stdout + d.stderr for d in done)
     csrc = planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")
-    racy = build(engine, tmp_path / "race", csrc, TSAN)
-    runs = (run(racy, 64, 9) for _ in range(5))
+    racy = build(engine, test, tmp_path / "race", csrc, TSAN)
+    runs = (run(racy, 64, 5) for _ in range(5))
     assert any("data race" in d.stderr for d in runs)
 
 
-def test_planted_faults_are_caught(engine: list[Path], tmp_path: Path, every: int) -> None:
-    limit = time_limit(build(engine, tmp_path), 64)
-    with_fault = lambda csrc, folder: build(engine, folder, csrc)  # noqa: E731
-    found = missed(FAULTS[::every], CSRC, "cuda", tmp_path, with_fault, limit, 64)
+@pytest.mark.parametrize(
+    ("test", "faults"), [(INNER_LOOP, FAULTS), (MMA, MMA_FAULTS)], ids=["test_inner_loop", "test_mma"]
+)
+def test_planted_faults_are_caught(
+    engine: list[Path], tmp_path: Path, every: int, test: Path, faults: list[tuple[str, str, str]]
+) -> None:
+    limit = time_limit(build(engine, test, tmp_path), 64)
+    with_fault = lambda csrc, folder: build(engine, test, folder, csrc)  # noqa: E731
+    found = missed(faults[::every], CSRC, "cuda", tmp_path, with_fault, limit, 64)
     assert not found, "\n".join(found)

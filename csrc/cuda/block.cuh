@@ -7,17 +7,21 @@ namespace fastmaml::cuda {
 template <class T>
 constexpr int lanes = 16 / sizeof(T);
 
-template <class T>
-struct alignas(16) Vec {
-  T at[lanes<T>];
+template <class T, int n = lanes<T>>
+struct alignas(n * sizeof(T)) Vec {
+  T at[n];
 };
 template <class T>
 FASTMAML_DEVICE Vec<T> load(const T* p) {
   return *reinterpret_cast<const Vec<T>*>(p);
 }
-template <class T>
-FASTMAML_DEVICE void store(T* p, const Vec<T>& v) {
-  *reinterpret_cast<Vec<T>*>(p) = v;
+template <int n, class T>
+FASTMAML_DEVICE Vec<T, n> load(const T* p) {
+  return *reinterpret_cast<const Vec<T, n>*>(p);
+}
+template <class T, int n>
+FASTMAML_DEVICE void store(T* p, const Vec<T, n>& v) {
+  *reinterpret_cast<Vec<T, n>*>(p) = v;
 }
 template <class T>
 FASTMAML_DEVICE Vec<T> zeros() {

@@ -10,12 +10,12 @@ template <class T>
 FASTMAML_DEVICE void put(T* to, T v, int first) {
   *to = first ? v : *to + v;
 }
-template <class T>
-FASTMAML_DEVICE void put(T* to, Vec<T> v, int first) {
+template <class T, int n>
+FASTMAML_DEVICE void put(T* to, Vec<T, n> v, int first) {
   if (!first) {
-    const Vec<T> before = load(to);
+    const Vec<T, n> before = load<n>(to);
 #pragma unroll
-    for (int l = 0; l < lanes<T>; ++l) v.at[l] += before.at[l];
+    for (int l = 0; l < n; ++l) v.at[l] += before.at[l];
   }
   store(to, v);
 }

@@ -26,11 +26,15 @@ FASTMAML_ENTRY int fastmaml_cuda_plan(const char* program, const fastmaml::cuda:
 }
 
 FASTMAML_ENTRY int fastmaml_cuda_run(const fastmaml::cuda::Table* table, const fastmaml::cuda::Call* call,
-                                     const fastmaml::cuda::Sums* sums, int itemsize, int device,
-                                     void* stream) {
+                                     const fastmaml::cuda::Sums* sums, int itemsize, int precision,
+                                     int device, void* stream) {
   using namespace fastmaml::cuda;
   if (const int error = use(device)) return error;
-  return itemsize == 8 ? run<double>(*table, *call, *sums, stream) : run<float>(*table, *call, *sums, stream);
+  const auto runs = itemsize == 8       ? run<double, ieee>
+                    : precision == ieee ? run<float, ieee>
+                    : precision == tf32 ? run<float, tf32>
+                                        : run<float, bf16>;
+  return runs(*table, *call, *sums, stream);
 }
 
 FASTMAML_ENTRY const char* fastmaml_cuda_error(int error) { return fastmaml::cuda::error_text(error); }

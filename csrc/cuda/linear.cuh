@@ -2,11 +2,11 @@
 //   grad_x = grad_y W          t: t_grad_y W + grad_y t_W
 //   grad_W = grad_y^T x        t: t_grad_y^T x + grad_y^T t_x
 //
-// A thread holds a tile of a product in registers and reads 16 bytes at a time. Large tiles read each number
-// less often; small ones are more, and keep every warp busy where there are few rows and columns.
+// In full precision a thread holds a tile of a product in registers and reads 16 bytes at a time. Large tiles
+// read each number less often; small ones are more, and keep every warp busy where there are few rows and
+// columns. With rounded operands a warp holds a tile, and tensor cores multiply (mma.cuh).
 #pragma once
-#include "elementwise.cuh"
-#include "leaky_relu.cuh"
+#include "linear_mma.cuh"
 
 namespace fastmaml::cuda {
 
@@ -67,21 +67,18 @@ FASTMAML_DEVICE void linear_forward_tiles(const OpRow& op, const Pass<T>& p) {
       for (int r = 0; r < Tile; ++r) {
         const int n = row + r * tall;
         if (n >= rows) continue;
-        T y = o < q.O ? sum[r][c] + bias : T(0), t_y = o < q.O ? t_sum[r][c] + t_bias : T(0);
-        if (Dual) {
-          if (op.act) t_y = leaky_relu_grad(t_y, y, T(op.slope));
-          p.t_value(op.out)[n * ldy + o] = t_y;
-        }
-        if (op.act) y = leaky_relu_of(y, T(op.slope));
-        p.value(op.out)[n * ldy + o] = y;
+        const T y = o < q.O ? sum[r][c] + bias : T(0), t_y = o < q.O ? t_sum[r][c] + t_bias : T(0);
+        put_y<Dual>(op, p, n * ldy + o, y, t_y);
       }
     }
   }
 }
 
-template <bool Dual, class T>
+template <bool Dual, Precision P, class T>
 FASTMAML_DEVICE void linear_forward(const OpRow& op, const Pass<T>& p) {
-  if (divide_up(p.rows(op.in0), 4) * divide_up(p.width(op.out), 4) >= enough_tiles)
+  if constexpr (P != ieee)
+    linear_forward_mma<Dual, P>(op, p);
+  else if (divide_up(p.rows(op.in0), 4) * divide_up(p.width(op.out), 4) >= enough_tiles)
     linear_forward_tiles<Dual, 4>(op, p);
   else
     linear_forward_tiles<Dual, 2>(op, p);
@@ -126,24 +123,16 @@ FASTMAML_DEVICE void linear_backward_tiles(const OpRow& op, const Pass<T>& p) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       const int n = row + r * tall;
-      if (n >= rows) continue;
-      if (op.mask) {
-        const Vec<T> y = load(p.value(op.in0) + n * ldx + i);
-#pragma unroll
-        for (int l = 0; l < lanes<T>; ++l) {
-          sum[r].at[l] = leaky_relu_grad(sum[r].at[l], y.at[l], T(op.mask_slope));
-          if (Dual) t_sum[r].at[l] = leaky_relu_grad(t_sum[r].at[l], y.at[l], T(op.mask_slope));
-        }
-      }
-      put(p.grad(op.in0) + n * ldx + i, sum[r], op.first_in0);
-      if (Dual) put(p.t_grad(op.in0) + n * ldx + i, t_sum[r], op.first_in0);
+      if (n < rows) put_grad_x<Dual>(op, p, n * ldx + i, sum[r], t_sum[r]);
     }
   }
 }
 
-template <bool Dual, class T>
+template <bool Dual, Precision P, class T>
 FASTMAML_DEVICE void linear_backward(const OpRow& op, const Pass<T>& p) {
-  if (divide_up(p.rows(op.in0), 4) * (p.width(op.in0) / lanes<T>) >= enough_tiles)
+  if constexpr (P != ieee)
+    linear_backward_mma<Dual, P>(op, p);
+  else if (divide_up(p.rows(op.in0), 4) * (p.width(op.in0) / lanes<T>) >= enough_tiles)
     linear_backward_tiles<Dual, 4>(op, p);
   else
     linear_backward_tiles<Dual, 1>(op, p);
@@ -185,15 +174,23 @@ FASTMAML_DEVICE void linear_weight_tiles(const OpRow& op, const Pass<T>& p) {
   finish_products(p, op.w, product);
 }
 
-template <bool Dual, class T>
+template <bool Plain, bool Dual, Precision P, class T>
+FASTMAML_DEVICE void linear_weight_grads(const OpRow& op, const Pass<T>& p) {
+  if constexpr (P != ieee)
+    linear_weight_mma<Plain, Dual, P>(op, p);
+  else
+    linear_weight_tiles<Plain, Dual>(op, p);
+}
+
+template <bool Dual, Precision P, class T>
 FASTMAML_DEVICE void linear_param_grads(const OpRow& op, const Pass<T>& p) {
   if (p.wants_param_grad(op.w)) {
     if (!Dual)
-      linear_weight_tiles<true, false>(op, p);
+      linear_weight_grads<true, false, P>(op, p);
     else if (p.multiplies || p.grad_primal != 0)
-      linear_weight_tiles<true, true>(op, p);
+      linear_weight_grads<true, true, P>(op, p);
     else
-      linear_weight_tiles<false, true>(op, p);
+      linear_weight_grads<false, true, P>(op, p);
   }
   if (p.wants_param_grad(op.b)) {
     const ColumnTerm<T> d{p.grad(op.out), nullptr}, t_d{Dual ? p.t_grad(op.out) : nullptr, nullptr};

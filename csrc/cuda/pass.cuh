@@ -110,14 +110,14 @@ FASTMAML_DEVICE T load_tangent(const ParamTangent<T>& t, int e, int flat) {
 }
 
 // The same of a gradient: writes it, and returns what it adds to <v, g>.
-template <bool Dual, class T>
-FASTMAML_DEVICE T finish(const ParamGrad<T>& to, int e, int flat, int size, const Vec<T>& g,
-                         const Vec<T>& t_g) {
+template <bool Dual, class T, int n>
+FASTMAML_DEVICE T finish(const ParamGrad<T>& to, int e, int flat, int size, const Vec<T, n>& g,
+                         const Vec<T, n>& t_g) {
   T product = 0;
   if (to.multiplies) {
-    const Vec<T> v = load(shared<T>() + to.v + e);
+    const Vec<T, n> v = load<n>(shared<T>() + to.v + e);
 #pragma unroll
-    for (int j = 0; j < lanes<T>; ++j) {
+    for (int j = 0; j < n; ++j) {
       if (j >= size) continue;
       const T part = v.at[j] * g.at[j];
       if (to.each_product)
@@ -127,9 +127,10 @@ FASTMAML_DEVICE T finish(const ParamGrad<T>& to, int e, int flat, int size, cons
     }
   }
   if (to.writes) {
-    Vec<T> sum = to.base < 0 ? zeros<T>() : load(shared<T>() + to.base + e);
+    Vec<T, n> sum{};
+    if (to.base >= 0) sum = load<n>(shared<T>() + to.base + e);
 #pragma unroll
-    for (int j = 0; j < lanes<T>; ++j) {
+    for (int j = 0; j < n; ++j) {
       T scale = to.scale;
       if (to.rates) scale *= j < size ? to.rates[flat + j] : T(0);
       sum.at[j] += scale * (Dual ? t_g.at[j] : g.at[j]);

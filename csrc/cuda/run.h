@@ -4,9 +4,9 @@
 
 namespace fastmaml::cuda {
 
-template <class T>
+template <class T, Precision P>
 int run(const Table& table, const Call& call, const Sums& sums, void* stream) {
-  int error = launch(inner_loop_kernel<T>, unsigned(call.T), unsigned(table.threads),
+  int error = launch(inner_loop_kernel<T, P>, unsigned(call.T), unsigned(table.threads),
                      table.numbers * int(sizeof(T)), stream, table, call);
   int64_t size = 0;
   for (int i = 0; i < sums.count; ++i) size += sums.of[i].size;

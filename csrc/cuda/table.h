@@ -11,6 +11,8 @@ constexpr int most_ops = 48, most_buffers = most_ops + 1, most_params = 64;
 // The numbers are those of csrc/program.h.
 enum Kind : int { linear, batch_norm, layer_norm, leaky_relu, tanh_, sigmoid, gelu, silu, add, flatten };
 enum Loss : int { no_loss, mse_loss, cross_entropy_loss };
+// Of the float operands of products; sums are float, and double is always ieee.
+enum Precision : int { ieee, tf32, bf16 };
 enum Tail : int { tail_weights, tail_output, tail_loss, tail_curvature };
 
 struct BufferRow {

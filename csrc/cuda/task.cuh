@@ -9,7 +9,7 @@ namespace fastmaml::cuda {
 
 enum class Turn { descend, query, adjoint, done };
 
-template <class T>
+template <class T, Precision P>
 struct Task {
   const Table& table;
   const Call& call;
@@ -151,7 +151,7 @@ struct Task {
 
   template <bool Dual>
   FASTMAML_DEVICE void sweep(const Pass<T>& p) const {
-    forward<Dual>(p);
+    forward<Dual, P>(p);
     if (turn == Turn::query && call.tail == tail_output) {
       copy_output(p);
     } else {
@@ -159,7 +159,7 @@ struct Task {
       if (lane() == 0) shared<T>()[table.partial + warp()] = part;
     }
     __syncthreads();
-    if (turn != Turn::query || table.v >= 0 || call.grad_x_q) backward<Dual>(p);
+    if (turn != Turn::query || table.v >= 0 || call.grad_x_q) backward<Dual, P>(p);
   }
 
   FASTMAML_DEVICE void copy_output(const Pass<T>& p) const {
@@ -263,10 +263,10 @@ struct Task {
 
 // One block a multiprocessor is all that the bound asks for: with more in mind, ptxas spills for sm_100 and
 // 120.
-template <class T>
+template <class T, Precision P>
 __global__ void __launch_bounds__(256, 1)
     inner_loop_kernel(const __grid_constant__ Table table, const __grid_constant__ Call call) {
-  Task<T>{table, call, int64_t(blockIdx.x)}.run();
+  Task<T, P>{table, call, int64_t(blockIdx.x)}.run();
 }
 
 template <class T>

@@ -5,6 +5,9 @@ small: `misfit` says by how much one is too large. The formulas are in csrc/cuda
 csrc/cuda/task.cuh. The kernels are called by ctypes, in the library that nvcc made; or, for tests, on CPU
 tensors in one that a host compiler made of the same source (`make emulation`): FASTMAML_EMULATE=1, set before
 fastmaml is imported, takes that.
+
+float32 products run in float32, or on tensor cores with TF32 or bfloat16 operands, as
+torch.set_float32_matmul_precision says ("highest", "high", "medium"); sums and weights are float32.
 """
 
 import ctypes
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, precision
 from . import torch as torch_backend
 from .request import Examples, Functions, Request, Result
 
@@ -90,7 +93,7 @@ def _load(path: str) -> ctypes.CDLL | None:
         return None
     for name, arguments in {
         "plan": [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_char_p],
-        "run": [*[ctypes.c_void_p] * 3, ctypes.c_int, ctypes.c_int, ctypes.c_void_p],
+        "run": [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 3, ctypes.c_void_p],
         "error": [ctypes.c_int],
         "shared_limit": [ctypes.c_int],
     }.items():
@@ -299,8 +302,8 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
     )  # fmt: skip
     stream = None if EMULATED else torch.cuda.current_stream(x.device).cuda_stream
     tables = plan.table, ctypes.byref(call), ctypes.byref(sums)
-    library = _library()
-    error = library.fastmaml_cuda_run(*tables, itemsize, _index(x.device), stream)
+    library, rounding = _library(), precision.PRECISIONS.index(precision.torchs())
+    error = library.fastmaml_cuda_run(*tables, itemsize, rounding, _index(x.device), stream)
     if error:
         raise RuntimeError(f"backend 'cuda': {library.fastmaml_cuda_error(error).decode()}")
     if result.loss is not None and not q.per_task:

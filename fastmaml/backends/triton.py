@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, precision
 from .engine import Engine
 from .request import Examples, Functions, Request, Result
 from .small_mlp import SmallMlp, fits
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # does it take CPU tensors, when named, to try the kernels without their device?
 EMULATED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cuda"  # of the tensors that it takes by itself; None: any
-# torch.set_float32_matmul_precision -> of the operands of products; sums are float32
-_PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "bf16"}
 _KEPT = 8  # engines of a Problem: each holds its buffers
 
 
@@ -66,28 +64,20 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
     return cpu.why_no_kernels(problem, dtype)
 
 
-def engine_of(passes: ModuleType, request: Request, precision: str = "ieee") -> Engine:
+def engine_of(passes: ModuleType, request: Request, rounding: str = "ieee") -> Engine:
     """What runs a request: one program a task where that fits, sweeps over all tasks else."""
-    kind = SmallMlp if fits(passes, request, precision) else Engine
-    return kind(passes, request, precision)
-
-
-def _precision() -> str:
-    try:
-        return _PRECISIONS[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # torch's newer settings are in use
-        found = torch.backends.cuda.matmul.fp32_precision
-        return found if found in ("tf32", "bf16") else "ieee"
+    kind = SmallMlp if fits(passes, request, rounding) else Engine
+    return kind(passes, request, rounding)
 
 
 class _Recorded:
     """An engine and, from the second call on, the graph that runs it."""
 
-    def __init__(self, request: Request, precision: str) -> None:
+    def __init__(self, request: Request, rounding: str) -> None:
         passes = kernels()
         assert isinstance(passes, ModuleType)
         with torch.inference_mode(False), torch.no_grad():
-            self.engine = engine_of(passes, request, precision)
+            self.engine = engine_of(passes, request, rounding)
         self.graph: Any = None
         self.calls, self.recordable = 0, True
         self.lock = threading.Lock()  # one call at a time in its buffers
@@ -125,30 +115,30 @@ _choosing = threading.Lock()
 
 
 def run(request: Request) -> Result:
-    precision = _precision()
+    rounding = precision.torchs()
     if not request.like.is_cuda:
-        return _engine(request, precision).run(request)
+        return _engine(request, rounding).run(request)
     with torch.cuda.device(request.like.device):
         if torch.cuda.is_current_stream_capturing():  # buffers of the caller's recording, and no graph in it
-            recorded = _Recorded(request, precision)
+            recorded = _Recorded(request, rounding)
             recorded.recordable = False
             return recorded.run(request)
-        return _engine(request, precision).run(request)
+        return _engine(request, rounding).run(request)
 
 
-def _engine(request: Request, precision: str) -> _Recorded:
+def _engine(request: Request, rounding: str) -> _Recorded:
     known: OrderedDict[Any, _Recorded] = request.problem.memo.setdefault("triton", OrderedDict())
-    key = _kind(request, precision)
+    key = _kind(request, rounding)
     with _choosing:
         if key not in known:
             if len(known) >= _KEPT:
                 known.popitem(last=False)
-            known[key] = _Recorded(request, precision)
+            known[key] = _Recorded(request, rounding)
         known.move_to_end(key)
         return known[key]
 
 
-def _kind(q: Request, precision: str) -> tuple[Any, ...]:
+def _kind(q: Request, rounding: str) -> tuple[Any, ...]:
     """What decides which kernels run on which buffers. Streams have buffers of their own."""
     x = q.like
 
@@ -157,7 +147,7 @@ def _kind(q: Request, precision: str) -> tuple[Any, ...]:
 
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
     return (
-        x.dtype, x.device, stream, precision, q.factored,
+        x.dtype, x.device, stream, rounding, q.factored,
         q.tail, q.want, q.own, shapes(q.support), shapes(q.query),
         None if q.lr is None else q.lr.shape, q.steps, q.first_order, q.rule, q.step_weights,
         q.checkpoint_every, None if q.seed is None else q.seed.shape, q.grad_loss is None, q.scale,

@@ -29,6 +29,8 @@
 #  include <csetjmp>
 #endif
 
+#include "../table.h"
+
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
@@ -40,11 +42,13 @@ struct Index {
   unsigned x = 0;
 };
 
-// One shuffle at a time: each lane leaves a number, waits for the others, takes another's, and waits again.
-// Relaxed atomics order nothing for ThreadSanitizer, as a shuffle orders no memory.
+// One shuffle at a time: each lane leaves a number, waits for the others, takes another's, and waits again; a
+// product of tiles is the same with the registers of the operands. Relaxed atomics order nothing for
+// ThreadSanitizer, as a shuffle orders no memory.
 struct Warp {
   std::atomic<unsigned> arrived{0}, turn{0};
   std::atomic<uint64_t> left[32];
+  std::atomic<uint32_t> operands[32][6];
 };
 
 enum class State { running, at_barrier, in_warp, finished };
@@ -147,6 +151,47 @@ T shuffle_xor(T v, unsigned mask) {
   return v;
 }
 
+inline uint32_t bits_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+// to bfloat16, ties to even, and back
+inline float bf16_of(float v) {
+  const uint32_t bits = bits_of(v);
+  return v != v ? v : float_of((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
+// Tiles A [16, depth] and B [depth, 8] lie in the registers of the lanes as PTX says: A(i, k), B(k, j) and
+// sum(i, j) in those of lane 4 (i % 8) + k / in % 4, 4 j + k / in % 4 and 4 (i % 8) + j / 2, where a register
+// holds `in` numbers along k; the sums are taken in order.
+template <cuda::Precision P, class Sums>
+void multiply_tiles(Sums& sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Warp& w = *current->warp;
+  const int lane = static_cast<int>(current->index.x % 32), in = P == cuda::bf16 ? 2 : 1;
+  for (int r = 0; r < 6; ++r) w.operands[lane][r].store(r < 4 ? a[r] : b[r - 4], std::memory_order_relaxed);
+  wait_for_warp();
+  auto number = [&](int from, int r, int k) {
+    const uint32_t bits = w.operands[from][r].load(std::memory_order_relaxed);
+    if (P == cuda::tf32) return float_of(bits & 0xffffe000u);
+    return float_of(k % 2 ? bits & 0xffff0000u : bits << 16);
+  };
+  for (int c = 0; c < 4; ++c) {
+    const int i = lane / 4 + 8 * (c / 2), j = 2 * (lane % 4) + c % 2;
+    for (int k = 0; k < 8 * in; ++k) {
+      const int column = k / in % 4, half = k / (4 * in);
+      sum[c / 2].at[c % 2] +=
+          number(4 * (i % 8) + column, i / 8 + 2 * half, k) * number(4 * j + column, 4 + half, k);
+    }
+  }
+  wait_for_warp();
+}
+
 #ifdef FASTMAML_EMULATE_THREADS
 inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
                        const std::function<void()>& f) {
@@ -242,6 +287,19 @@ namespace fastmaml::cuda {
 template <class T>
 FASTMAML_DEVICE T* shared() {
   return reinterpret_cast<T*>(emulation::shared_at);
+}
+
+// as the instructions round: TF32 keeps 10 bits, ties away from zero
+inline uint32_t to_tf32(float v) {
+  return v != v ? emulation::bits_of(v) : (emulation::bits_of(v) + 0x1000) & 0xffffe000u;
+}
+inline uint32_t to_bf16(float low, float high) {
+  return emulation::bits_of(emulation::bf16_of(low)) >> 16 |
+         (emulation::bits_of(emulation::bf16_of(high)) & 0xffff0000u);
+}
+template <Precision P, class Sums>
+void multiply_add(Sums& sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulation::multiply_tiles<P>(sum, a, b);
 }
 
 // that of sm_90 and sm_100
