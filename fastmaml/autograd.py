@@ -1,6 +1,7 @@
 """The public functions as autograd sees them: one torch.autograd.Function each, differentiable once.
 
-They take what fastmaml.functional has checked, and run it on a backend in chunks of tasks.
+They take what fastmaml.functional has checked, and run it in chunks of tasks: `runs` is the name of a backend
+and the precision wanted.
 """
 
 import operator
@@ -13,25 +14,25 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import factors
-from .backends import BACKENDS, Problem
+from .backends import Problem, at
 from .forms import FactoredWeight
 
 
 class Apply(Function):
     @staticmethod
     def forward(ctx, how, x, *ws):
-        problem, name, chunk, _ = ctx.how = how
+        problem, runs, chunk, _ = ctx.how = how
         ctx.save_for_backward(x, *ws)
-        run = lambda ws, x: (BACKENDS[name].apply(problem, ws, x),)  # noqa: E731
+        run = lambda ws, x: (at(*runs).apply(problem, ws, x),)  # noqa: E731
         return over_tasks(problem, chunk, run, ws, (x,), (False,))[0]
 
     @staticmethod
     def backward(ctx, grad_out):
-        problem, name, chunk, needs = ctx.how
+        problem, runs, chunk, needs = ctx.how
         x, *ws = ctx.saved_tensors
 
         def run(ws, x, d):
-            return BACKENDS[name].apply_backward(problem, ws, x, d, needs=needs)
+            return at(*runs).apply_backward(problem, ws, x, d, needs=needs)
 
         summed = (not any_own(problem, ws), False)
         with torch.no_grad():
@@ -43,20 +44,20 @@ class Apply(Function):
 class ValueAndGrad(Function):
     @staticmethod
     def forward(ctx, how, x, t, w, *ws):
-        problem, name, chunk, _ = ctx.how = how
+        problem, runs, chunk, _ = ctx.how = how
         ctx.save_for_backward(x, t, w, *ws)
         ctx.set_materialize_grads(False)
-        run = lambda ws, x, t, w: BACKENDS[name].value_and_grad(problem, ws, x, (t, w))  # noqa: E731
+        run = lambda ws, x, t, w: at(*runs).value_and_grad(problem, ws, x, (t, w))  # noqa: E731
         value, grads = over_tasks(problem, chunk, run, ws, (x, t, w), (False, False))
         return value, *views_of(problem, grads, x.shape[0])
 
     @staticmethod
     def backward(ctx, grad_value, *vs):
-        problem, name, chunk, needs = ctx.how
+        problem, runs, chunk, needs = ctx.how
         x, t, w, *ws = ctx.saved_tensors
 
         def run(ws, x, t, w, d, v):
-            return BACKENDS[name].value_and_grad_backward(problem, ws, x, (t, w), d, v, needs=needs)
+            return at(*runs).value_and_grad_backward(problem, ws, x, (t, w), d, v, needs=needs)
 
         summed = (not any_own(problem, ws), False)
         with torch.no_grad():
@@ -70,23 +71,23 @@ class ValueAndGrad(Function):
 class InnerLoop(Function):
     @staticmethod
     def forward(ctx, how, lr, x, t, w, *ws):
-        problem, name, chunk, _, steps, _, rule, _ = ctx.how = how
+        problem, runs, chunk, _, steps, _, rule, _ = ctx.how = how
         ctx.save_for_backward(lr, x, t, w, *ws)
         ctx.set_materialize_grads(False)
 
         def run(ws, x, t, w):
-            return (BACKENDS[name].inner_loop(problem, ws, lr, x, (t, w), steps=steps, rule=rule),)
+            return (at(*runs).inner_loop(problem, ws, lr, x, (t, w), steps=steps, rule=rule),)
 
         (fast,) = over_tasks(problem, chunk, run, ws, (x, t, w), (False,))
         return tuple(views_of(problem, fast, x.shape[0]))
 
     @staticmethod
     def backward(ctx, *vs):
-        problem, name, chunk, needs, steps, first_order, rule, every = ctx.how
+        problem, runs, chunk, needs, steps, first_order, rule, every = ctx.how
         lr, x, t, w, *ws = ctx.saved_tensors
 
         def run(ws, x, t, w, v):
-            return BACKENDS[name].inner_loop_backward(
+            return at(*runs).inner_loop_backward(
                 problem, ws, lr, x, (t, w), v,
                 steps=steps, first_order=first_order, rule=rule, checkpoint_every=every, needs=needs,
             )  # fmt: skip
@@ -107,9 +108,9 @@ def in_kernels(name: str, loop) -> bool:
 
 def run_meta(how, lr, data, ws) -> Sequence[Any]:
     """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
-    problem, name, chunk, needs, loop, reduction, factored = how
+    problem, (name, precision), chunk, needs, loop, reduction, factored = how
     steps, first_order, rule, step_weights, every = loop
-    backend = BACKENDS[name if not factored or in_kernels(name, loop) else "torch"]
+    backend = at(name if not factored or in_kernels(name, loop) else "torch", precision)
     per_task = reduction == "none"
     scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
 

@@ -3,15 +3,23 @@
 import os
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import forms
 from .arguments import check_count
 from .backends import BACKENDS, Problem, problem_for, why_not
 from .backends.cuda import Sizes
+from .backends.precision import check_precision, chosen
 from .losses import resolve
 from .optimizers import SGD, counted_weights, update_rule
 from .program import Op, Program
+
+_ROUNDING = {
+    "ieee": "of float32 numbers",
+    "tf32": "of numbers rounded to TF32, summed in float32",
+    "bf16": "of numbers rounded to bfloat16, summed in float32",
+}
 
 
 class Explanation(str):
@@ -31,6 +39,7 @@ def explain(
     optimizer: SGD | None = None,
     step_weights: Any = None,
     fast_weights: Any = None,
+    precision: str | None = None,
 ) -> Explanation:
     """The layer ops with shapes and parameters, the backend that backend=None takes, and why not each other.
 
@@ -38,14 +47,16 @@ def explain(
 
     x: [T, N, *example], as for the functions of fastmaml.functional; its values are not looked at
     loss: as there; without one, what is said holds for `apply`
-    queries: query examples of a task (default: N); optimizer, step_weights, fast_weights: as for meta_loss
+    queries: query examples of a task (default: N); optimizer, step_weights, fast_weights, precision: as for
+        meta_loss
     """
     if not isinstance(x, Tensor) or x.dim() < 2:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x must have shape [T, N, ...], got {got}")
     check_count("queries", queries, 1)
+    check_precision(precision)
     problem = problem_for(model, tuple(x.shape[2:]), None if loss is None else resolve(loss))
-    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries)]
+    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries, precision)]
     if steps is not None:
         check_count("steps", steps, 0)
         T, N = x.shape[:2]
@@ -87,24 +98,26 @@ def _batch(shape: tuple[int, ...]) -> str:
     return f"[N{''.join(f', {n}' for n in shape)}]"
 
 
-def _backend_lines(problem: Problem, x: Tensor, queries: int | None) -> list[str]:
+def _backend_lines(problem: Problem, x: Tensor, queries: int | None, precision: str | None) -> list[str]:
     N = x.shape[1]
     sizes = Sizes(0, N) if problem.loss is None else Sizes(N, queries or N)
     forced = os.environ.get("FASTMAML_BACKEND")
     reasons = {name: why_not(name, problem, x.device, x.dtype, sizes) for name in BACKENDS}
     able = (name for name, why in reasons.items() if why is None and not BACKENDS[name].EMULATED)
-    chosen = forced or next(able, "none")
+    first = forced or next(able, "none")
     on = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
-    lines = [f"backend: {chosen} ({on}{', by FASTMAML_BACKEND' if forced else ''})"]
+    lines = [f"backend: {first} ({on}{', by FASTMAML_BACKEND' if forced else ''})"]
     if forced and forced not in reasons:
         lines.append(f"  but backend must be one of {list(BACKENDS)}")
     for name, why in reasons.items():
         if BACKENDS[name].EMULATED and why is None:
-            lines.append(f"  {'' if name == chosen else 'not '}{name}: emulated here, runs when named")
-        elif name != chosen:
-            lines.append(f"  not {name}: {why or f'it could, but {chosen} comes first'}")
+            lines.append(f"  {'' if name == first else 'not '}{name}: emulated here, runs when named")
+        elif name != first:
+            lines.append(f"  not {name}: {why or f'it could, but {first} comes first'}")
         elif why:
             lines.append(f"  but {name} cannot run this: {why}")
+        if why is None and x.dtype is torch.float32 and hasattr(BACKENDS[name], "at"):
+            lines.append(f"  {name}'s products: {_ROUNDING[chosen(precision)]}")
     return lines
 
 

@@ -4,6 +4,9 @@
     x, y     [T, N, ...]: T tasks, N examples each; y may be (target, weight) with a weight [T, N] per example
     loss     "mse", "cross_entropy", a fastmaml.losses object, or a callable (output, target) -> scalar
     lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list of `steps`
+    precision  what float32 operands of products may be rounded to on a GPU, by the backends cuda and triton:
+             "ieee" (nothing), "tf32" or "bf16"; sums are float32. None: as torch.set_float32_matmul_precision
+             says. The cpu backend always computes in float32, the torch backend does as torch's setting says.
 
 Differentiable once by ordinary autograd with respect to params, lr and x. `fastmaml.reference` has the same
 functions in a form to read, differentiable any number of times.
@@ -40,8 +43,9 @@ from .autograd import (
     run_meta,
     views_of,
 )
-from .backends import BACKENDS, Problem, factored_weights, factored_weights_of, prepare
+from .backends import Problem, at, factored_weights, factored_weights_of, prepare
 from .backends.cuda import Sizes
+from .backends.precision import check_precision
 from .forms import query_losses
 from .losses import CrossEntropy
 from .optimizers import counted_weights, update_rule
@@ -56,33 +60,37 @@ def apply(
     *,
     backend: str | None = None,
     chunk_tasks: int | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """The model's output [T, N, *out], task t with its own parameters; some may be FactoredWeights."""
-    problem, name, x, ws = _enter(model, params, x, None, backend, chunk_tasks, may_be_factored=True)
+    problem, name, x, ws = _enter(
+        model, params, x, None, backend, chunk_tasks, precision, may_be_factored=True
+    )
     if factors.places(ws):
         return factors.apply(problem, ws, x, chunk_tasks)
-    return Apply.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *ws)
+    return Apply.apply((problem, (name, precision), chunk_tasks, _needs(params=ws, x=x)), x, *ws)
 
 
 def value_and_grad(
-    model, params, x, y, *, loss, backend=None, chunk_tasks=None
+    model, params, x, y, *, loss, backend=None, chunk_tasks=None, precision=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Every task's loss [T] and its gradient {name: [T, *shape]}; the derivative of the latter is the HVP."""
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, precision)
     y = target(problem, y, x, "y")
-    value, *grads = ValueAndGrad.apply((problem, name, chunk_tasks, _needs(params=ws, x=x)), x, *y, *ws)
+    how = problem, (name, precision), chunk_tasks, _needs(params=ws, x=x)
+    value, *grads = ValueAndGrad.apply(how, x, *y, *ws)
     return value, dict(zip(problem.names, grads, strict=True))
 
 
-def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None) -> dict[str, Tensor]:
+def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None, precision=None) -> dict[str, Tensor]:
     """The Hessian of every task's loss times v {name: [*shape] or [T, *shape]}: {name: [T, *shape]}."""
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, precision)
     y = target(problem, y, x, "y")
     vs = parameters(problem, v, x, "v")
     needs = _needs(params=[*ws, *vs], x=x)
 
     def run(ws, x, t, w, v):
-        return BACKENDS[name].value_and_grad_backward(
+        return at(name, precision).value_and_grad_backward(
             problem, ws, x, (t, w), None, v, needs=frozenset({"params"}), per_task=True
         )
 
@@ -95,7 +103,7 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None) -> dict
 
 def inner_loop(
     model, params, x, y, *, loss, lr, steps, first_order=False, optimizer=None,
-    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None, precision=None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fast weights {name: [T, *shape]}: W_{k+1} = W_k - lr_k g_k, `steps` times.
 
@@ -107,7 +115,7 @@ def inner_loop(
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
     problem, name, x, ws = _enter(
-        model, params, x, loss, backend, chunk_tasks, may_be_factored=True, queries=1
+        model, params, x, loss, backend, chunk_tasks, precision, may_be_factored=True, queries=1
     )
     y = target(problem, y, x, "y")
     rates, rule = step_sizes(problem, lr, steps, x), update_rule(optimizer)
@@ -116,13 +124,14 @@ def inner_loop(
         needs = _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x)
         return {n: no_derivative(w) if needs else w for n, w in found.items()}
     needs = _needs(params=ws, lr=rates, x=x)
-    how = problem, name, chunk_tasks, needs, steps, first_order, rule, checkpoint_every
+    how = problem, (name, precision), chunk_tasks, needs, steps, first_order, rule, checkpoint_every
     return dict(zip(problem.names, InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
 
 
 def meta_loss(
     model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
     reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    precision=None,
 ) -> Tensor:  # fmt: skip
     """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none".
 
@@ -138,16 +147,17 @@ def meta_loss(
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     problem, name, rates, data, ws, loop, factored = _enter_meta(
         model, params, support, query, loss, lr, steps, first_order, optimizer, step_weights,
-        backend, chunk_tasks, checkpoint_every, fast_weights,
+        backend, chunk_tasks, checkpoint_every, fast_weights, precision,
     )  # fmt: skip
     needs = _needs(params=ws, lr=rates, x_s=data[0], x_q=data[3])
-    how = problem, name, chunk_tasks, needs, loop, reduction, factored
+    how = problem, (name, precision), chunk_tasks, needs, loop, reduction, factored
     return MetaLoss.apply(how, rates, *data, *ws)
 
 
 def meta_value_and_grad(
     model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
     reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    precision=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The meta-loss, mean or sum over tasks, and the meta-gradient {name: as params}, without a graph.
 
@@ -159,9 +169,9 @@ def meta_value_and_grad(
     with torch.no_grad():
         problem, name, rates, data, ws, loop, factored = _enter_meta(
             model, params, support, query, loss, lr, steps, first_order, optimizer, step_weights,
-            backend, chunk_tasks, checkpoint_every, fast_weights,
+            backend, chunk_tasks, checkpoint_every, fast_weights, precision,
         )  # fmt: skip
-        how = problem, name, chunk_tasks, _PARAMS, loop, reduction, factored
+        how = problem, (name, precision), chunk_tasks, _PARAMS, loop, reduction, factored
         value, grads, *_ = run_meta(how, rates, data, ws)
         views = parameter_grads(problem.strided[grads.element_size()], grads, ws)
     return value, dict(zip(problem.names, views, strict=True))
@@ -172,12 +182,13 @@ _PARAMS = frozenset({"params"})
 
 def _enter_meta(
     model, params, support, query, loss, lr, steps, first_order, optimizer, step_weights,
-    backend, chunk_tasks, checkpoint_every, fast_weights,
+    backend, chunk_tasks, checkpoint_every, fast_weights, precision,
 ):  # fmt: skip
     """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, what the
     loop does besides, and the places of the weights that stay factored."""
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
+    check_precision(precision)
     weights = counted_weights(step_weights, steps)
     loop = steps, first_order, update_rule(optimizer), weights, checkpoint_every
     (x_s, y_s), (x_q, y_q) = support, query
@@ -201,7 +212,7 @@ def _enter_meta(
                     known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
     problem, name, x_s, ws = _enter(
-        model, params, x_s, loss, backend, chunk_tasks, "support x", queries=_examples(x_q)
+        model, params, x_s, loss, backend, chunk_tasks, precision, "support x", queries=_examples(x_q)
     )
     x_q = check_x("query x", x_q)
     check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
@@ -237,6 +248,7 @@ def _enter(
     loss: Any,
     backend: str | None,
     chunk: int | None,
+    precision: str | None,
     name: str = "x",
     *,
     may_be_factored: bool = False,
@@ -245,6 +257,7 @@ def _enter(
     """Problem, backend, and the checked x and parameters in order."""
     x = check_x(name, x)
     check_count("chunk_tasks", chunk, 1)
+    check_precision(precision)
     sizes = Sizes(x.shape[1], queries) if queries else Sizes(0, x.shape[1])
     known = None if torch.compiler.is_compiling() else sizes
     problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend, known)

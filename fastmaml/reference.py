@@ -1,7 +1,7 @@
 """What is correct: the public functions in torch.func, task after task, steps unrolled, ordinary autodiff.
 
-Slow on purpose. Arguments are those of `fastmaml.functional`; backend, chunk_tasks, checkpoint_every and
-fast_weights change nothing here. Everything is differentiable any number of times.
+Slow on purpose. Arguments are those of `fastmaml.functional`; backend, chunk_tasks, checkpoint_every,
+fast_weights and precision change nothing here. Everything is differentiable any number of times.
 """
 
 import math
@@ -15,18 +15,18 @@ from fastmaml.losses import resolve
 from fastmaml.optimizers import SGD, check_optimizer, check_step_weights
 
 
-def apply(model, params, x, *, backend=None, chunk_tasks=None):
+def apply(model, params, x, *, backend=None, chunk_tasks=None, precision=None):
     """The model's output [T, N, *out], task t with its own parameters."""
     return torch.stack([_call(model, p, x_t) for p, (x_t,) in _tasks(model, params, x)])
 
 
-def value_and_grad(model, params, x, y, *, loss, backend=None, chunk_tasks=None):
+def value_and_grad(model, params, x, y, *, loss, backend=None, chunk_tasks=None, precision=None):
     """Every task's loss [T] and its gradient {name: [T, *shape]}."""
     results = [grad_and_value(_loss(model, loss, s))(p) for p, s in _tasks(model, params, x, y)]
     return torch.stack([value for _, value in results]), _stack([g for g, _ in results])
 
 
-def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None):
+def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None, precision=None):
     """H v = d<g, v>/dW, the Hessian of every task's loss times v: {name: [T, *shape]}."""
     products = []
     for (p, s), (v_t, _) in zip(_tasks(model, params, x, y), _tasks(model, v, x), strict=True):
@@ -37,7 +37,7 @@ def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None):
 
 def inner_loop(
     model, params, x, y, *, loss, lr, steps, first_order=False, optimizer=None,
-    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None, precision=None,
 ):  # fmt: skip
     """Fast weights {name: [T, *shape]} after `steps` steps of gradient descent on every task's loss."""
     how = loss, lr, steps, first_order, optimizer
@@ -47,6 +47,7 @@ def inner_loop(
 def meta_loss(
     model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
     reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    precision=None,
 ):  # fmt: skip
     """The query loss of the weights adapted on the support set: mean or sum over tasks, or [T] for "none".
 
@@ -65,6 +66,7 @@ def meta_loss(
 def meta_value_and_grad(
     model, params, support, query, *, loss, lr, steps, first_order=False, optimizer=None, step_weights=None,
     reduction="mean", backend=None, chunk_tasks=None, checkpoint_every=None, fast_weights=None,
+    precision=None,
 ):  # fmt: skip
     """The meta-loss (mean or sum over tasks) and the meta-gradient {name: as params}."""
     how = {"loss": loss, "lr": lr, "steps": steps, "first_order": first_order, "optimizer": optimizer}

@@ -4,7 +4,7 @@ tests/cuda/test_mma.cpp holds the products to the engine of csrc/cpu bit by bit,
 keeps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import naive_passes
@@ -15,8 +15,10 @@ from test_cuda_values import DEVICE, MODELS, SIZES, mlp
 from test_random_programs import KNOWN
 from torch import Tensor, nn
 
+import fastmaml
 from fastmaml import functional, reference
 from fastmaml.backends import cuda
+from fastmaml.explain import explain
 from fastmaml.losses import MSE
 
 pytestmark = pytest.mark.skipif(cuda.available() is not None, reason=cuda.available() or "")
@@ -26,14 +28,6 @@ UNIT = {"tf32": 2.0**-11, "bf16": 2.0**-8}
 FLOAT = 2.0**-24
 OF_TORCH = {"ieee": "highest", "tf32": "high", "bf16": "medium"}
 ROUNDED = pytest.mark.parametrize("precision", list(UNIT))
-
-
-@pytest.fixture(autouse=True)
-def rounds(request: pytest.FixtureRequest) -> Iterator[None]:
-    precision = request.getfixturevalue("precision") if "precision" in request.fixturenames else "ieee"
-    torch.set_float32_matmul_precision(OF_TORCH[precision])
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 def rounded(a: Tensor, precision: str) -> Tensor:
@@ -55,7 +49,8 @@ def test_operands_are_rounded_to_the_nearest(precision: str) -> None:
     """Times 1, ties included: of TF32 they lie at 2^-11, of bfloat16 at 2^-8."""
     x = torch.tensor([a + b * 2**-c for a in (1, -1, 3) for b in (1, 3, 5, -1) for c in range(6, 14)])
     x = torch.cat([x, x * 2**60, x * 2**-60])[None, :, None].to(DEVICE)
-    out = functional.apply(nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1).to(x)}, x, backend="cuda")
+    model, w = nn.Linear(1, 1, bias=False), torch.ones(1, 1).to(x)
+    out = functional.apply(model, {"weight": w}, x, backend="cuda", precision=precision)
     assert torch.equal(out, rounded(x, precision))
     assert not torch.equal(out, x)
 
@@ -83,7 +78,7 @@ def test_a_layer_is_as_far_off_as_rounding_allows(size: tuple[int, int], precisi
         return [a.detach().double() for a in (out, grads["weight"], *second)]
 
     truth = everything(reference, torch.float64)
-    actual = everything(functional, torch.float32, backend="cuda")
+    actual = everything(functional, torch.float32, backend="cuda", precision=precision)
     # the same formulas on absolute values: |y|, |d| and what either is off by
     w, t_w, b, t_b = (a.abs().double() for a in (params["weight"], v["weight"], params["bias"], v["bias"]))
     x_, s = x.abs().double(), 2 / (N * O)
@@ -142,7 +137,7 @@ def test_a_model_rounds_where_plain_torch_does(
     monkeypatch.setattr(naive_passes, "product", product)
     monkeypatch.setitem(KNOWN, "naive", naive_passes.backend())
     truth = meta_gradients(reference, name, torch.float64)
-    actual = meta_gradients(functional, name, torch.float32, backend="cuda")
+    actual = meta_gradients(functional, name, torch.float32, backend="cuda", precision=precision)
     plain = meta_gradients(functional, name, torch.float32, backend="naive")
     layers, steps = len(MODELS[name][0]()) // 2 + 1, MODELS[name][3]
     for got, same, wanted in zip(actual, plain, truth, strict=True):
@@ -152,12 +147,70 @@ def test_a_model_rounds_where_plain_torch_does(
     assert max(map(error, actual, truth)) > UNIT[precision] / 4
 
 
+@pytest.fixture
+def torchs() -> Iterator[Callable[[str], None]]:
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_it_is_as_told_or_as_torchs_setting_says(torchs: Callable[[str], None]) -> None:
+    model, x = mlp(3, 9, 4).to(DEVICE), torch.randn(2, 5, 3).to(DEVICE)
+    run = lambda **how: functional.apply(model, dict(model.named_parameters()), x, backend="cuda", **how)  # noqa: E731
+    told = {precision: run(precision=precision) for precision in OF_TORCH}
+    assert torch.equal(run(), told["ieee"])
+    assert len({tuple(a.flatten().tolist()) for a in told.values()}) == 3
+    for precision, name in OF_TORCH.items():
+        torchs(name)
+        assert torch.equal(run(), told[precision])
+        assert torch.equal(run(precision="tf32"), told["tf32"])
+
+
+def test_every_function_and_its_derivative_takes_it() -> None:
+    """The products of each are rounded: none is lost on the way to the kernels."""
+    model = mlp(3, 9, 4).to(DEVICE)
+    x, y = torch.randn(2, 5, 3).to(DEVICE), torch.randn(2, 5, 4).to(DEVICE)
+    params = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+    v, call = {n: torch.randn_like(p) for n, p in params.items()}, {"loss": "mse", "backend": "cuda"}
+    steps = {**call, "lr": 0.1, "steps": 2}
+
+    def backward(total: Any) -> Tensor:
+        return torch.autograd.grad(total, params["0.weight"])[0]
+
+    def results(precision: str) -> list[Tensor]:
+        how: dict[str, Any] = {"precision": precision}
+        out = functional.apply(model, params, x, backend="cuda", **how)
+        value, grads = functional.value_and_grad(model, params, x, y, **call, **how)
+        fast = functional.inner_loop(model, params, x, y, **steps, **how)
+        loss = functional.meta_loss(model, params, (x, y), (x, y), **steps, **how)
+        maml = fastmaml.MAML(model, loss="mse", lr=0.1, steps=2, backend="cuda", **how)
+        return [
+            out, backward((out * y).sum()), value, *grads.values(),
+            backward(sum((grads[n] * v[n]).sum() for n in v)),
+            *functional.hvp(model, params, v, x, y, **call, **how).values(),
+            *fast.values(), backward(sum((fast[n] * v[n]).sum() for n in v)),
+            loss, backward(loss),
+            *functional.meta_value_and_grad(model, params, (x, y), (x, y), **steps, **how)[1].values(),
+            maml(x, y, x, y), *maml.adapt(x, y).values(), maml.evaluate(x, y, x, y).loss,
+        ]  # fmt: skip
+
+    for exact, rounded_ in zip(results("ieee"), results("bf16"), strict=True):
+        assert 1e-5 < error(rounded_.detach(), exact.detach().double()) < 0.1
+
+
+def test_explain_shows_it(torchs: Callable[[str], None]) -> None:
+    model, x = mlp(3, 9, 4).to(DEVICE), torch.zeros(2, 5, 3, device=DEVICE)
+    assert "cuda's products: of float32 numbers" in explain(model, x)
+    assert "cuda's products: of numbers rounded to TF32" in explain(model, x, precision="tf32")
+    torchs("medium")
+    assert "cuda's products: of numbers rounded to bfloat16" in explain(model, x)
+    assert "products" not in explain(model.double(), x.double())
+    with pytest.raises(ValueError, match="precision must be one of"):
+        explain(model, x, precision="fp32")
+
+
 def test_float64_is_never_rounded() -> None:
-    torch.manual_seed(0)
     model, x = mlp(3, 9, 4).to(DEVICE, torch.float64), torch.randn(2, 5, 3).to(DEVICE, torch.float64)
-    found = []
-    for name in OF_TORCH.values():
-        torch.set_float32_matmul_precision(name)
-        found.append(functional.apply(model, dict(model.named_parameters()), x, backend="cuda"))
+    params = dict(model.named_parameters())
+    found = [functional.apply(model, params, x, backend="cuda", precision=told) for told in OF_TORCH]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])

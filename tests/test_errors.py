@@ -85,6 +85,7 @@ def test_a_call_like_the_last_one_is_checked_too(model):
         (ValueError, "missing", {"params": params | {"more": x}}),
         (ValueError, "steps must be at least 0", {"steps": -1}),
         (ValueError, "chunk_tasks must be at least 1", {"chunk_tasks": 0}),
+        (ValueError, "precision must be one of", {"precision": "tf16"}),
         (ValueError, "list of 3", {"lr": [0.1, 0.1, 0.1]}),
     ]:
         with pytest.raises(error, match=match):
@@ -169,6 +170,8 @@ def test_lr(given):
         ("loss", "hinge", ValueError),
         ("loss", 3, TypeError),
         ("backend", "gpu", ValueError),
+        ("precision", "fp16", ValueError),
+        ("precision", torch.bfloat16, ValueError),
     ],
 )
 def test_options(given, option, value, error):

@@ -160,6 +160,8 @@ def test_products_have_torchs_precision() -> None:
     actual = _everything(meta_loss, functional, on_device(single), {"backend": "triton"})
     errors = [error(actual[n].cpu(), truth[n]) for n in truth]
     assert 2**-9 < max(errors) < 2**-4
+    told = _everything(meta_loss, functional, on_device(single), {"backend": "triton", "precision": "ieee"})
+    assert max(error(told[n].cpu(), truth[n]) for n in truth) < 1e-4
 
 
 def test_factored_layers_are_chosen_by_counts() -> None:

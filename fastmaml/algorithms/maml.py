@@ -1,12 +1,13 @@
 """Model-agnostic meta-learning (Finn, Abbeel & Levine 2017, arXiv 1703.03400)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import forms, functional, losses
+from ..backends.precision import check_precision
 from ..optimizers import SGD, check_optimizer, loss_weights
 
 
@@ -20,16 +21,16 @@ class Evaluation(NamedTuple):
 class MAML(nn.Module):
     """A model whose parameters are learned so that `steps` SGD steps adapt it to a task.
 
-    loss, lr, steps, first_order, optimizer, step_weights, backend, chunk_tasks, checkpoint_every and
-    fast_weights are those of `fastmaml.functional`. lr may hold nn.Parameters that an optimiser learns too;
-    register them yourself.
+    loss, lr, steps, first_order, optimizer, step_weights, backend, chunk_tasks, checkpoint_every,
+    fast_weights and precision are those of `fastmaml.functional`. lr may hold nn.Parameters that an
+    optimiser learns too; register them yourself.
     """
 
     def __init__(
         self, model: nn.Module, *, loss: str | losses.Loss, lr, steps: int, first_order: bool = False,
         optimizer: SGD | None = None, step_weights: Sequence[float] | None = None,
         backend: str | None = None, chunk_tasks: int | None = None, checkpoint_every: int | None = None,
-        fast_weights=None,
+        fast_weights=None, precision: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -40,7 +41,8 @@ class MAML(nn.Module):
         self.model, self.loss, self.lr, self.steps, self.first_order = model, loss, lr, steps, first_order
         self.backend, self.chunk_tasks, self.checkpoint_every = backend, chunk_tasks, checkpoint_every
         forms.check(fast_weights)
-        self.fast_weights = fast_weights
+        check_precision(precision)
+        self.fast_weights, self.precision = fast_weights, precision
 
     def extra_repr(self) -> str:
         more = {"optimizer": self.optimizer, "step_weights": self.step_weights}
@@ -76,7 +78,7 @@ class MAML(nn.Module):
         params: dict = dict(self.model.named_parameters())
         weights, begun = params, 0  # the weights after `begun` steps
         goes_on = self.optimizer is None or self.optimizer.momentum == 0  # momentum is not among the weights
-        loss, run = losses.resolve(self.loss), {"backend": self.backend, "chunk_tasks": self.chunk_tasks}
+        loss, run = losses.resolve(self.loss), {**self._run(), "chunk_tasks": self.chunk_tasks}
         target = y_query if isinstance(y_query, (tuple, list)) else (y_query,)
         found: list[Tensor] = []
         hits: list[Tensor] = []
@@ -101,7 +103,10 @@ class MAML(nn.Module):
 
     def _common(self) -> dict:
         common = {"loss": self.loss, "first_order": self.first_order, "optimizer": self.optimizer}
-        return common | {"backend": self.backend}
+        return common | self._run()
+
+    def _run(self) -> dict[str, Any]:
+        return {"backend": self.backend, "precision": self.precision}
 
     def _memory(self) -> dict:
         return {"chunk_tasks": self.chunk_tasks, "checkpoint_every": self.checkpoint_every}

@@ -209,6 +209,12 @@ def choose(
     return chosen
 
 
+def at(name: str, precision: str | None) -> Any:
+    """The functions of that backend, their products in that precision where it has several."""
+    backend = BACKENDS[name]
+    return backend if precision is None or not hasattr(backend, "at") else backend.at(precision)
+
+
 @dataclass(frozen=True)
 class BackendInfo:
     name: str

@@ -6,8 +6,8 @@ csrc/cuda/task.cuh. The kernels are called by ctypes, in the library that nvcc m
 tensors in one that a host compiler made of the same source (`make emulation`): FASTMAML_EMULATE=1, set before
 fastmaml is imported, takes that.
 
-float32 products run in float32, or on tensor cores with TF32 or bfloat16 operands, as
-torch.set_float32_matmul_precision says ("highest", "high", "medium"); sums and weights are float32.
+float32 products run in float32, or on tensor cores with TF32 or bfloat16 operands, as `precision=` or
+torch.set_float32_matmul_precision ("highest", "high", "medium") says; sums and weights are float32.
 """
 
 import ctypes
@@ -302,7 +302,7 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
     )  # fmt: skip
     stream = None if EMULATED else torch.cuda.current_stream(x.device).cuda_stream
     tables = plan.table, ctypes.byref(call), ctypes.byref(sums)
-    library, rounding = _library(), precision.PRECISIONS.index(precision.torchs())
+    library, rounding = _library(), precision.PRECISIONS.index(precision.chosen(q.precision))
     error = library.fastmaml_cuda_run(*tables, itemsize, rounding, _index(x.device), stream)
     if error:
         raise RuntimeError(f"backend 'cuda': {library.fastmaml_cuda_error(error).decode()}")
@@ -319,23 +319,32 @@ def _step_weights(problem: "Problem", weights: Sequence[float], x: Tensor) -> Te
     return problem.memo[key]
 
 
-_functions = Functions(run)
-apply, apply_backward = _functions.apply, _functions.apply_backward
-value_and_grad, value_and_grad_backward = _functions.value_and_grad, _functions.value_and_grad_backward
+class _Functions(Functions):
+    """Momentum, weight decay and clipping have no kernels yet: the torch backend runs what has them."""
+
+    def _for(self, rule: Sequence[float]) -> Any:
+        return torch_backend if rule else super()
+
+    def inner_loop(self, problem, *args, rule=(), **how):
+        return self._for(rule).inner_loop(problem, *args, rule=rule, **how)
+
+    def inner_loop_backward(self, problem, *args, rule=(), **how):
+        return self._for(rule).inner_loop_backward(problem, *args, rule=rule, **how)
+
+    def meta_loss(self, problem, *args, rule=(), **how):
+        return self._for(rule).meta_loss(problem, *args, rule=rule, **how)
 
 
-def _for(rule: Sequence[float]) -> Any:
-    """What runs an inner loop: momentum, weight decay and clipping have no kernels yet."""
-    return torch_backend if rule else _functions
+def at(precision: str | None) -> Functions:
+    """The functions below with products in that precision."""
+    return _Functions(run, precision)
 
 
-def inner_loop(problem, *args, rule=(), **how):
-    return _for(rule).inner_loop(problem, *args, rule=rule, **how)
-
-
-def inner_loop_backward(problem, *args, rule=(), **how):
-    return _for(rule).inner_loop_backward(problem, *args, rule=rule, **how)
-
-
-def meta_loss(problem, *args, rule=(), **how):
-    return _for(rule).meta_loss(problem, *args, rule=rule, **how)
+_functions = at(None)
+apply = _functions.apply
+apply_backward = _functions.apply_backward
+value_and_grad = _functions.value_and_grad
+value_and_grad_backward = _functions.value_and_grad_backward
+inner_loop = _functions.inner_loop
+inner_loop_backward = _functions.inner_loop_backward
+meta_loss = _functions.meta_loss

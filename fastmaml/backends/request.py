@@ -59,6 +59,7 @@ class Request:
     scale: float = 1.0
     per_task: bool = False
     factored: tuple[int, ...] = ()  # places of the weights that stay factors
+    precision: str | None = None  # see precision.py
 
     @property
     def like(self) -> Tensor:
@@ -99,6 +100,7 @@ class Functions:
     """The functions of a backend, as backends/cpu.py has them, over one `run`."""
 
     run: Callable[[Request], Result] = field(repr=False)
+    precision: str | None = None
 
     def apply(self, problem, params, x):
         return self._run(problem, "output", params, {"out"}, query=Examples(x)).out
@@ -157,7 +159,7 @@ class Functions:
         for name in ("support", "query"):
             if name in how:
                 how[name] = how[name].contiguous()
-        return self.run(Request(problem, tail, params, want, **how))
+        return self.run(Request(problem, tail, params, want, precision=self.precision, **how))
 
 
 def _wanted(names: dict[str, str], needs: frozenset[str]) -> set[str]:

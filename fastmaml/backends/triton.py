@@ -3,8 +3,8 @@
 The kernels are in kernels/<op>.py, what is run in sweep.py and engine.py. TRITON_INTERPRET=1, set before
 fastmaml is imported, makes it take CPU tensors: the kernels are then interpreted, emulation for tests alone.
 
-float32 products run in float32, TF32 or with bfloat16 operands, as torch.set_float32_matmul_precision says
-("highest", "high", "medium"), in TF32's and bfloat16's case into float32 sums; weights stay float32.
+float32 products run in float32, or with TF32 or bfloat16 operands and float32 sums, as `precision=` or
+torch.set_float32_matmul_precision ("highest", "high", "medium") says; weights stay float32.
 """
 
 import functools
@@ -115,7 +115,7 @@ _choosing = threading.Lock()
 
 
 def run(request: Request) -> Result:
-    rounding = precision.torchs()
+    rounding = precision.chosen(request.precision)
     if not request.like.is_cuda:
         return _engine(request, rounding).run(request)
     with torch.cuda.device(request.like.device):
@@ -155,7 +155,12 @@ def _kind(q: Request, rounding: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-_functions = Functions(run)
+def at(precision: str | None) -> Functions:
+    """The functions below with products in that precision."""
+    return Functions(run, precision)
+
+
+_functions = at(None)
 apply = _functions.apply
 apply_backward = _functions.apply_backward
 value_and_grad = _functions.value_and_grad
