@@ -35,7 +35,7 @@ $(V)/.installed: $(V)/.torch pyproject.toml
 	$(PIP) --quiet --no-deps --ignore-requires-python "ttsem==0.1.0"
 	touch $@
 
-$(V)/.built: $(V)/.installed setup.py $(CSRC)
+$(V)/.built: $(V)/.installed setup.py setup_cuda.py $(CSRC)
 	$(V)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 

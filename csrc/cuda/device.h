@@ -57,6 +57,12 @@ inline int shared_limit(int device) {
   const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return error == cudaSuccess ? bytes : -int(reported(error));
 }
+// Is there code in this binary for the current device? An error if not.
+template <class... Parameters>
+int has_code(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes found;
+  return reported(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)));
+}
 inline int devices() {
   int count = 0;
   return reported(cudaGetDeviceCount(&count)) == cudaSuccess ? count : 0;

@@ -39,4 +39,9 @@ FASTMAML_ENTRY int fastmaml_cuda_run(const fastmaml::cuda::Table* table, const f
 
 FASTMAML_ENTRY const char* fastmaml_cuda_error(int error) { return fastmaml::cuda::error_text(error); }
 FASTMAML_ENTRY int fastmaml_cuda_shared_limit(int device) { return fastmaml::cuda::shared_limit(device); }
+FASTMAML_ENTRY int fastmaml_cuda_has_code(int device) {
+  using namespace fastmaml::cuda;
+  if (const int error = use(device)) return error;
+  return has_code(inner_loop_kernel<float, ieee>);
+}
 FASTMAML_ENTRY int fastmaml_cuda_devices() { return fastmaml::cuda::devices(); }

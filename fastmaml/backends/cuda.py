@@ -34,6 +34,7 @@ _EMULATION = Path(__file__).parents[2] / "build" / "emulation" / "libfastmaml_cu
 
 # csrc/cuda/table.h and plan.h have the same
 _MOST_PARAMS, _MOST_SUMS = 64, 3
+_MOST_THREADS = 256  # the launch bound of csrc/cuda/task.cuh
 
 
 class _Sizes(ctypes.Structure):
@@ -96,6 +97,7 @@ def _load(path: str) -> ctypes.CDLL | None:
         "run": [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 3, ctypes.c_void_p],
         "error": [ctypes.c_int],
         "shared_limit": [ctypes.c_int],
+        "has_code": [ctypes.c_int],
     }.items():
         getattr(library, f"fastmaml_cuda_{name}").argtypes = arguments
     library.fastmaml_cuda_table_size.restype = ctypes.c_int64
@@ -124,6 +126,22 @@ def available() -> str | None:
         return (
             "the CUDA runtime that fastmaml was built with finds no device: the driver may be too old for it"
         )
+    reasons = [why_no_code(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+@cache
+def why_no_code(index: int) -> str | None:
+    """None, or why this binary cannot run on the GPU of that index."""
+    has = "{}.{}".format(*torch.cuda.get_device_capability(index))
+    if tuple(map(int, has.split("."))) < (8, 0):
+        return f"it needs a GPU of compute capability 8.0, this one has {has}"
+    if error := _library().fastmaml_cuda_has_code(index):
+        said = _library().fastmaml_cuda_error(error).decode()
+        return (
+            f"fastmaml was built without code for this GPU, of compute capability {has} ({said}): "
+            f"reinstall it with nvcc at hand and TORCH_CUDA_ARCH_LIST={has}"
+        )
     return None
 
 
@@ -139,8 +157,8 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
         return f"it takes {'CPU tensors here' if EMULATED else 'CUDA tensors'}, not {device.type}"
     if why := available():
         return why
-    if not EMULATED and (has := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"it needs a GPU of compute capability 8.0, this one has {has[0]}.{has[1]}"
+    if not EMULATED and (why := why_no_code(_index(device))):
+        return why
     return cpu.encode(problem, dtype)
 
 
@@ -161,6 +179,7 @@ def misfit(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: 
     """
     if sizes is None:
         return "it does not run within torch.compile"
+    _threads()
     try:
         N, Q = sizes
         need = needed_bytes(problem, dtype.itemsize, sizes, x_s=N > 0, x_q=Q > 0, lr=N > 0)
@@ -180,12 +199,13 @@ def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-@cache
 def shared_limit(device: torch.device) -> int:
     """The bytes of shared memory that a block of this device can have."""
-    index = (
-        0 if device.type == "cpu" else torch.cuda.current_device() if device.index is None else device.index
-    )
+    return _shared_limit(_index(device))
+
+
+@cache
+def _shared_limit(index: int) -> int:
     most = _library().fastmaml_cuda_shared_limit(index)
     if most < 0:
         raise RuntimeError(_library().fastmaml_cuda_error(-most).decode())
@@ -207,10 +227,18 @@ class _Plan(NamedTuple):
     P: int  # numbers of a set of weights
 
 
+def _threads() -> int:
+    """Of a block, by FASTMAML_CUDA_THREADS, for tests; 0: as suits the sizes."""
+    given = os.environ.get("FASTMAML_CUDA_THREADS", "0")
+    if not given.isdecimal() or int(given) % 32 or int(given) > _MOST_THREADS:
+        raise ValueError(
+            f"FASTMAML_CUDA_THREADS must be a multiple of 32 up to {_MOST_THREADS}, or 0, got {given!r}"
+        )
+    return int(given)
+
+
 def _plan(problem: "Problem", itemsize: int, **sizes: int) -> _Plan:
-    threads = int(
-        os.environ.get("FASTMAML_CUDA_THREADS", "0")
-    )  # of a block, for tests; 0: as suits the sizes
+    threads = _threads()
     key = "cuda plan", itemsize, threads, *sizes.items()
     if key not in problem.memo:
         library = _library()

@@ -304,6 +304,10 @@ void multiply_add(Sums& sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 
 // that of sm_90 and sm_100
 inline int shared_limit(int) { return 227 << 10; }
+template <class... Parameters>
+int has_code(void (*)(Parameters...)) {
+  return 0;
+}
 inline int devices() { return 0; }
 inline int use(int) { return 0; }
 inline const char* error_text(int) { return "the emulation has no such error"; }

@@ -1,0 +1,103 @@
+"""How setup.py finds nvcc and compiles csrc/cuda with it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+KERNELS = "build/cuda/inner_loop.o"
+COMMAND = "build/cuda/command"  # that makes them; newer than what another one made
+OLDEST_NVCC = 12, 1  # before, a kernel's parameters had at most 4 KiB: those of csrc/cuda/table.h have 13
+OLDEST_GPU = 80
+
+
+def wanted() -> str | None:
+    return os.environ.get("FASTMAML_CUDA")
+
+
+def find_nvcc() -> str | None:
+    """nvcc, where CUDA kernels are to be built and one is found that can."""
+    if wanted() == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    first, last = (home and shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes)
+    nvcc = first or shutil.which("nvcc") or last
+    why = "there is no nvcc: set CUDA_HOME" if nvcc is None else why_too_old(nvcc)
+    if why is None:
+        return nvcc
+    if wanted() == "1":
+        raise SystemExit(f"FASTMAML_CUDA=1, but {why}")
+    if nvcc is not None:
+        print(f"fastmaml: {why}: building without CUDA kernels", file=sys.stderr)
+    return None
+
+
+def version(nvcc: str) -> str:
+    return subprocess.check_output([nvcc, "--version"], text=True)
+
+
+def why_too_old(nvcc: str) -> str | None:
+    found = re.search(r"release (\d+)\.(\d+)", version(nvcc))
+    if found and (int(found[1]), int(found[2])) >= OLDEST_NVCC:
+        return None
+    what = f"is of CUDA {found[1]}.{found[2]}" if found else "does not say of which CUDA it is"
+    return f"{nvcc} {what}, and the kernels take 12.1 or newer (and a driver of 530 or newer)"
+
+
+def architectures(nvcc: str) -> list[str]:
+    """The -gencode arguments: code for each of TORCH_CUDA_ARCH_LIST that the kernels run on, and PTX where
+    +PTX follows; that of one which is left out comes from the newest that is kept."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    names = (listed or "8.0 9.0 10.0 12.0+PTX").replace(";", " ").replace(".", "").split()
+    ptx = {name.removesuffix("+PTX"): name.endswith("+PTX") for name in names}
+    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    number = lambda arch: int(re.sub(r"\D", "", arch) or 0)  # noqa: E731
+    # of those asked for by name, nvcc says itself that it does not know them
+    kept = [a for a in ptx if number(a) >= OLDEST_GPU and (listed or f"sm_{a}" in known)]
+    if not kept:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST={listed}: the kernels need compute capability 8.0 or newer")
+    if any(ptx[a] for a in ptx if a not in kept):
+        ptx[max(kept, key=number)] = True
+    arguments = []
+    for arch in kept:
+        code = f"[sm_{arch},compute_{arch}]" if ptx[arch] else f"sm_{arch}"
+        arguments += ["-gencode", f"arch=compute_{arch},code={code}"]
+    return arguments
+
+
+def runtime(nvcc: str) -> str:
+    """The folder of CUDA's static runtime: by nvcc, which may be a link, or a script that calls another."""
+    homes = [Path(os.path.realpath(nvcc)).parents[1], Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+    folders = [home / lib for home in homes for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    found = next((str(f) for f in folders if (f / "libcudart_static.a").exists()), None)
+    if found is None:
+        raise SystemExit(f"no libcudart_static.a near {nvcc}: set CUDA_HOME, or FASTMAML_CUDA=0")
+    return found
+
+
+def note(text: str, root: Path = ROOT) -> None:
+    """Writes it down where it is new: what was made by another command is older then."""
+    file = root / COMMAND
+    if not file.exists() or file.read_text() != text:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def compile_kernels(nvcc: str, sources: list[str], root: Path = ROOT) -> None:
+    """csrc/cuda for the GPU, unless that is done; what ptxas says of registers and spills goes beside it."""
+    host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command = [nvcc, "-std=c++17", "-O3", "--threads", "0", "-Xptxas", "-v", *host, *architectures(nvcc)]
+    command += ["-c", "csrc/cuda/inner_loop.cu", "-o", KERNELS]
+    note(f"{' '.join(command)}\n{version(nvcc)}", root)
+    target = root / KERNELS
+    newest = max((root / name).stat().st_mtime for name in [*sources, COMMAND])
+    if target.exists() and target.stat().st_mtime > newest:
+        return
+    print("fastmaml: compiling the CUDA kernels", file=sys.stderr)
+    done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
+    target.with_suffix(".ptxas").write_text(done.stderr)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}\nFASTMAML_CUDA=0 builds without CUDA kernels")
