@@ -56,12 +56,13 @@ def explain(
     check_count("queries", queries, 1)
     check_precision(precision)
     problem = problem_for(model, tuple(x.shape[2:]), None if loss is None else resolve(loss))
-    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries, precision)]
+    rule = update_rule(optimizer)
+    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries, precision, rule)]
     if steps is not None:
         check_count("steps", steps, 0)
         T, N = x.shape[:2]
         losses = forms.query_losses(counted_weights(step_weights, steps))
-        sizes = forms.Sizes(T, N, queries or N, steps, losses, bool(update_rule(optimizer)))
+        sizes = forms.Sizes(T, N, queries or N, steps, losses, bool(rule))
         lines += ["", *_form_lines(problem, sizes, fast_weights)]
     return Explanation("\n".join(lines))
 
@@ -98,7 +99,9 @@ def _batch(shape: tuple[int, ...]) -> str:
     return f"[N{''.join(f', {n}' for n in shape)}]"
 
 
-def _backend_lines(problem: Problem, x: Tensor, queries: int | None, precision: str | None) -> list[str]:
+def _backend_lines(
+    problem: Problem, x: Tensor, queries: int | None, precision: str | None, rule: tuple[float, ...]
+) -> list[str]:
     N = x.shape[1]
     sizes = Sizes(0, N) if problem.loss is None else Sizes(N, queries or N)
     forced = os.environ.get("FASTMAML_BACKEND")
@@ -118,6 +121,8 @@ def _backend_lines(problem: Problem, x: Tensor, queries: int | None, precision: 
             lines.append(f"  but {name} cannot run this: {why}")
         if why is None and x.dtype is torch.float32 and hasattr(BACKENDS[name], "at"):
             lines.append(f"  {name}'s products: {_ROUNDING[chosen(precision)]}")
+        if why is None and rule and (other := getattr(BACKENDS[name], "WITH_OPTIMIZER", None)):
+            lines.append(f"  {name} has no kernels for this optimizer: inner loops with it run on {other}")
     return lines
 
 

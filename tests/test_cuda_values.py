@@ -236,6 +236,24 @@ def test_it_is_named_as_what_it_is() -> None:
     assert ("cuda: emulated here" in said) if cuda.EMULATED else "backend: cuda" in said
 
 
+def test_explain_says_where_an_inner_optimizer_runs() -> None:
+    model, x = mlp(2, 5, 1).to(DEVICE), torch.randn(2, 3, 2, device=DEVICE)
+    sent = "cuda has no kernels for this optimizer: inner loops with it run on torch"
+    assert sent in explain(model, x, loss="mse", optimizer=fastmaml.SGD(momentum=0.9))
+    assert sent not in explain(model, x, loss="mse", optimizer=fastmaml.SGD())
+    assert sent not in explain(model, x, loss="mse")
+    assert sent not in explain(nn.Sequential(model, nn.Softplus()), x, optimizer=fastmaml.SGD(momentum=0.9))
+    y, call = torch.randn(2, 3, 1, device=DEVICE), {"loss": "mse", "lr": 0.1, "steps": 2}
+    (_, there), (_, here) = (
+        functional.meta_value_and_grad(
+            model, dict(model.named_parameters()), (x, y), (x, y),
+            optimizer=fastmaml.SGD(momentum=0.9), backend=name, fast_weights="dense", **call,
+        )
+        for name in ("torch", "cuda")
+    )  # fmt: skip
+    assert all(torch.equal(there[n], here[n]) for n in there)
+
+
 def test_gradients_by_x_alone() -> None:
     """Nothing of the parameters is wanted, so the query set's frame is all that has gradients."""
     model = mlp(3, 9, 4, act=nn.Tanh)

@@ -347,9 +347,10 @@ def _step_weights(problem: "Problem", weights: Sequence[float], x: Tensor) -> Te
     return problem.memo[key]
 
 
-class _Functions(Functions):
-    """Momentum, weight decay and clipping have no kernels yet: the torch backend runs what has them."""
+WITH_OPTIMIZER = "torch"  # runs inner loops with momentum, weight decay or clipping: they have no kernels yet
 
+
+class _Functions(Functions):
     def _for(self, rule: Sequence[float]) -> Any:
         return torch_backend if rule else super()
 
