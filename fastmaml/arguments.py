@@ -162,7 +162,8 @@ def _constant(problem: Problem, value: float, steps: int, x: Tensor) -> Tensor:
         return x.new_full((steps, 1), value)
     if problem.memo.get("lr_key") != (value, steps, x.dtype, x.device):
         problem.memo["lr_key"] = value, steps, x.dtype, x.device
-        problem.memo["lr"] = x.new_full((steps, 1), value)
+        with torch.inference_mode(False):  # a later call may want to differentiate what this one makes
+            problem.memo["lr"] = torch.full((steps, 1), value, dtype=x.dtype, device=x.device)
     return problem.memo["lr"]
 
 

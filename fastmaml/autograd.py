@@ -22,6 +22,7 @@ class Apply(Function):
     @staticmethod
     def forward(ctx, how, x, *ws):
         problem, runs, chunk, _ = ctx.how = how
+        ctx.model = problem.model  # a Problem does not keep it alive
         ctx.save_for_backward(x, *ws)
         run = lambda ws, x: (at(*runs).apply(problem, ws, x),)  # noqa: E731
         return over_tasks(problem, chunk, run, ws, (x,), (False,))[0]
@@ -45,6 +46,7 @@ class ValueAndGrad(Function):
     @staticmethod
     def forward(ctx, how, x, t, w, *ws):
         problem, runs, chunk, _ = ctx.how = how
+        ctx.model = problem.model
         ctx.save_for_backward(x, t, w, *ws)
         ctx.set_materialize_grads(False)
         run = lambda ws, x, t, w: at(*runs).value_and_grad(problem, ws, x, (t, w))  # noqa: E731
@@ -72,6 +74,7 @@ class InnerLoop(Function):
     @staticmethod
     def forward(ctx, how, lr, x, t, w, *ws):
         problem, runs, chunk, _, steps, _, rule, _ = ctx.how = how
+        ctx.model = problem.model
         ctx.save_for_backward(lr, x, t, w, *ws)
         ctx.set_materialize_grads(False)
 

@@ -52,8 +52,8 @@ class Program:
     output: int
 
 
-def trace(model: nn.Module, example_shape: Sequence[int]) -> Program:
-    """The Program of `model` on an input [N, *example_shape].
+def trace(model: nn.Module, example_shape: Sequence[int], examples: int | None = None) -> Program:
+    """The Program of `model` on an input [N, *example_shape], for N = `examples` alone or any N.
 
     Raises Unsupported, naming the module and the reason, for a model that has none; ValueError for one that
     cannot take such an input. Runs forward under the model's present training flags, changing nothing in it.
@@ -61,10 +61,12 @@ def trace(model: nn.Module, example_shape: Sequence[int]) -> Program:
     shape = tuple(int(n) for n in example_shape)
     names = {id(m): path for path, m in model.named_modules()}
     _check_modules(model)
-    many, one = (_Tape(model, names, N).trace(shape) for N in _BATCHES)
-    if many != one:
+    first, *others = (
+        _Tape(model, names, N).trace(shape) for N in (_BATCHES if examples is None else [examples])
+    )
+    if any(other != first for other in others):
         raise Unsupported("", "what it computes depends on the number of examples", type(model).__name__)
-    return many
+    return first
 
 
 def _check_modules(model: nn.Module) -> None:

@@ -1,10 +1,14 @@
-"""Which module of a model is running, read off the interpreter's frames: nothing is patched for it."""
+"""What a model does while it runs: which module is at it, read off the interpreter's frames, and whether it
+turns gradients off. Nothing is patched for it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from sys import _getframe
 from types import CodeType, FrameType
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -37,3 +41,18 @@ def _then(error: BaseException) -> Iterator[FrameType]:
         frames.append(step.tb_frame)
         step = step.tb_next
     return reversed(frames)
+
+
+class _GradMode(TorchFunctionMode):
+    off = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.off |= func is torch._C._set_grad_enabled and not args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def turns_grad_off(call: Callable[[], Any]) -> bool:
+    """Is there a torch.no_grad() within it?"""
+    with torch.enable_grad(), _GradMode() as mode:
+        call()
+        return mode.off

@@ -66,3 +66,47 @@ def test_the_layer_ops_refuse_hooks_naming_the_module(add):
 def test_an_unchanged_model_is_traced_once():
     model = nn.Sequential(L(), nn.Tanh())
     assert problem_for(model, (4,), None) is problem_for(model, (4,), None)
+
+
+class Counting(nn.Sequential):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_a_count_of_its_own_calls_leaves_the_problem_as_it_was():
+    model = Counting(L(), nn.Tanh())
+    assert problem_for(model, (4,), None) is problem_for(model, (4,), None)
+
+
+def test_a_hyperparameter_is_read_again():
+    model = nn.Sequential(L(), nn.LeakyReLU(0.1))
+    for slope in (0.1, 0.9):
+        model[1].negative_slope = slope
+        torch.testing.assert_close(output(model), model(X))
+    model[1] = nn.Identity()
+    model[1] = nn.LeakyReLU(0.3)  # where the former one was in memory
+    torch.testing.assert_close(output(model), model(X))
+
+
+class ByNumber(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = L()
+
+    def forward(self, x):
+        y = self.layer(x)
+        return torch.tanh(y) if len(x) == 3 else y
+
+
+@pytest.mark.filterwarnings("ignore:fastmaml falls back")
+def test_a_model_that_asks_for_the_number_of_examples_has_no_program_once_it_matters():
+    model = ByNumber()
+    for n in (2, 3, 2):
+        x = torch.randn(2, n, 4)
+        found = functional.apply(model, dict(model.named_parameters()), x)
+        torch.testing.assert_close(found, torch.stack([model(task) for task in x]))
+    why = problem_for(model, (4,), None).why_no_program
+    assert "3 examples" in str(why)

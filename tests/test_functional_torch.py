@@ -18,7 +18,22 @@ class Tied(nn.Module):
         return self.second(F.softplus(self.first(x.flatten(1))))
 
 
+class Detached(nn.Module):
+    """torch.func.jvp goes through what torch.no_grad() holds constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.first(x.flatten(1))
+        with torch.no_grad():
+            scale = h.square().mean().sqrt()
+        return self.second(torch.tanh(h / scale))
+
+
 MODELS = {
+    "no_grad": Detached,
     "conv": lambda: nn.Sequential(
         nn.Conv2d(1, 3, 2, padding=1),
         nn.BatchNorm2d(3),
@@ -147,3 +162,33 @@ def test_strided_inputs_and_a_changed_model():
     torch.testing.assert_close(apply(), reference.apply(model, params, x))
     model[1] = nn.Sigmoid()
     torch.testing.assert_close(apply(), reference.apply(model, params, x))
+
+
+def test_a_loss_whose_gradient_has_no_jvp(model):
+    params = dict(model.named_parameters())
+    support, query = batch(4), batch(5)
+
+    def meta_loss(module, **knobs):
+        return module.meta_loss(model, params, support, query, loss=plain_mse, lr=0.1, steps=2, **knobs)
+
+    def plain_mse(output, target):
+        return F.mse_loss(output, target)
+
+    assert_same(meta_loss, [support[0], *params.values()])
+
+
+def test_fast_weights_outlive_their_model():
+    x, y = torch.randn(T, 4, 3), torch.randn(T, 4, 2)
+
+    def adapted():
+        model = nn.Sequential(nn.Linear(3, 2))
+        params = dict(model.named_parameters())
+        how = {"loss": "mse", "lr": 0.1, "steps": 2, "backend": "torch"}
+        return functional.inner_loop(model, params, x, y, **how), params
+
+    fast, params = adapted()
+    assert (
+        torch.autograd.grad(fast["0.weight"].sum(), list(params.values()), allow_unused=True)[0]
+        .isfinite()
+        .all()
+    )

@@ -36,6 +36,15 @@ def test_the_loss_is_the_reference_meta_loss(maml):
         torch.testing.assert_close(p.grad, g)
 
 
+def test_it_can_be_differentiated_after_a_call_in_inference_mode(maml):
+    data = episodes()
+    with torch.inference_mode():
+        maml.evaluate(*data)
+        maml.adapt(*data[:2])
+    maml.adapt(*data[:2])["0.weight"].sum().backward()
+    maml(*data).backward()
+
+
 @pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
 def test_it_learns_under_any_optimiser(maml, optimiser):
     data = episodes()

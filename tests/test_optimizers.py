@@ -60,6 +60,27 @@ def test_steps_are_those_of_torch_optim(backend: str, optimizer: SGD, frozen: bo
             torch.testing.assert_close(fast[n][t], p, atol=1e-13, rtol=1e-13)
 
 
+@pytest.mark.parametrize("width", [32, 63, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_clipping_does_not_read_what_lies_between_the_rows(
+    backend: str, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).to(dtype)
+    params = dict(model.named_parameters())
+    sets = [(torch.randn(T, n, 5).to(dtype), torch.randn(T, n, 3).to(dtype)) for n in (4, 5)]
+    nan = {n: torch.full_like(p, torch.nan) for n, p in params.items()}
+    call("meta_loss", backend, model, nan, *sets, steps=K)  # and what it leaves in the memory that is kept
+    how = {"steps": K, "optimizer": SGD(max_grad_norm=0.3)}
+    found, wanted = (
+        torch.autograd.grad(call("meta_loss", by, model, params, *sets, **how), list(params.values()))
+        for by in (backend, "reference")
+    )
+    close = {"atol": 1e-5, "rtol": 1e-4} if dtype is torch.float32 else {"atol": 1e-13, "rtol": 1e-12}
+    torch.testing.assert_close(found, wanted, **close)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_step_weights_add_up_the_losses_of_every_step(backend: str, reduction: str) -> None:

@@ -8,7 +8,15 @@ from faults import missed, run, time_limit
 
 ROOT = Path(__file__).parents[1]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cpp"
-COMPILE = ["g++", "-std=c++17", "-O0", "-DFASTMAML_INLINE=inline", "-Wno-psabi", "-pthread"]
+COMPILE = [
+    "g++",
+    "-std=c++17",
+    "-O0",
+    "-DFASTMAML_INLINE=inline",
+    "-DFASTMAML_EXACT",
+    "-Wno-psabi",
+    "-pthread",
+]
 
 # file of csrc/cpu, text that is in it once, what it becomes
 FAULTS = [
@@ -57,6 +65,9 @@ FAULTS = [
     ("worker.h", "p.grad_scale = c.S == 1 ? -lr(k)[0] : T(-1);", "p.grad_scale = c.S == 1 ? -lr(0)[0] : T(-1);"),
     ("descent.h", "at[j] -= v[j] * m[j];", "at[j] += v[j] * m[j];"),
     ("call.h", "S != 1 || plan.frozen || plan.tied ||", "S != 1 || plan.frozen ||"),
+    ("descent.h", "end = j + slot.cols; j < end; ++j)\n          total +=", "end = j + slot.ld; j < end; ++j)\n          total +="),
+    ("fixed_input.h", "wide_dot(d + r * ld, d + i * ld, theta.forward.columns)", "wide_dot(d + r * ld, d + i * ld, ld)"),
+    ("factored.h", "ld_of(p, Side::x), columns(p, Side::x))", "ld_of(p, Side::x), ld_of(p, Side::x))"),
     ("descent.h", "adapts(i) ? momentum * m[j] +", "adapts(i) ? m[j] +"),
     ("descent.h", "scale * g[j] + weight_decay * w[j]", "scale * g[j] + weight_decay"),
     ("descent.h", "adapts(i) ? momentum * n[j] - a * v[j]", "adapts(i) ? -a * v[j]"),

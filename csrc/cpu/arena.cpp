@@ -4,12 +4,15 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
 namespace fastmaml {
 namespace {
 
+// For tests: nothing is kept, so that reads and writes outside of what was asked for are seen, and everything
+// is NaN before it is written.
 #if defined(__has_feature)
 #  if __has_feature(address_sanitizer)
 #    define FASTMAML_EXACT
@@ -17,7 +20,7 @@ namespace {
 #elif defined(__SANITIZE_ADDRESS__)
 #  define FASTMAML_EXACT
 #endif
-// bytes of all that is kept; nothing where reads and writes outside of what was asked for are to be seen
+// bytes of all that is kept
 #if defined(FASTMAML_EXACT)
 constexpr std::size_t kKept = 0;
 #else
@@ -58,6 +61,9 @@ void* allocate(std::size_t bytes) {
   const std::size_t align = bytes >= kHuge ? kHuge : 64;
   void* const data = std::aligned_alloc(align, (bytes + align - 1) / align * align);
   if (!data) throw std::bad_alloc();
+#if defined(FASTMAML_EXACT)
+  std::memset(data, 0xff, (bytes + align - 1) / align * align);
+#endif
 #if defined(MADV_HUGEPAGE)
   if (align == kHuge) madvise(data, bytes, MADV_HUGEPAGE);
 #endif

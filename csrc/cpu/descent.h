@@ -45,12 +45,15 @@ struct Descent {
     }
   }
 
-  // <a, b> over the parameters that adapt
+  // <a, b> over the parameters that adapt; nothing writes what lies between their rows
   double dot(const T* a, const T* b) const {
     double total = 0;
-    for (int64_t i = 0; i < c.n_params(); ++i)
-      for (int64_t j = plan.slots[i].offset, end = j + plan.slots[i].size(); j < end && adapts(i); ++j)
-        total += double(a[j]) * double(b[j]);
+    for (int64_t i = 0; i < c.n_params(); ++i) {
+      const Slot& slot = plan.slots[i];
+      for (int64_t r = 0; r < slot.rows && adapts(i); ++r)
+        for (int64_t j = slot.offset + r * slot.ld, end = j + slot.cols; j < end; ++j)
+          total += double(a[j]) * double(b[j]);
+    }
     return total;
   }
 

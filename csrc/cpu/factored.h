@@ -291,8 +291,8 @@ struct FactoredLayer {
   // |g_k|^2 of this sweep's step
   double square(const Sweep<T>& s, int64_t g) const {
     const Pass<T>& p = s.tasks[g];
-    return squared_norm(n, rows_of(p, Side::d, false), ld_of(p, Side::d), rows_of(p, Side::x, false),
-                        ld_of(p, Side::x));
+    return squared_norm(n, rows_of(p, Side::d, false), ld_of(p, Side::d), columns(p, Side::d),
+                        rows_of(p, Side::x, false), ld_of(p, Side::x), columns(p, Side::x));
   }
 
   // v_0 = -sum gamma_0b R_b as one of its rows as they are

@@ -68,7 +68,7 @@ struct FixedInputLayer {
     if (!plain) std::memset(m + g * n * ld, 0, n * ld * sizeof(T));
     for (int64_t r = 0; r < n && !squares.empty(); ++r)
       for (int64_t i = 0; i < n; ++i)
-        squares[(g * n + r) * n + i] = wide_dot(x_s + r * ldx, x_s + i * ldx, ldx);
+        squares[(g * n + r) * n + i] = wide_dot(x_s + r * ldx, x_s + i * ldx, theta.forward.K);
   }
 
   template <bool Dual>
@@ -211,7 +211,7 @@ struct FixedInputLayer {
     double total = 0;
     for (int64_t r = 0; r < n; ++r)
       for (int64_t i = 0; i < n; ++i)
-        total += wide_dot(d + r * ld, d + i * ld, ld) * squares[(g * n + r) * n + i];
+        total += wide_dot(d + r * ld, d + i * ld, theta.forward.columns) * squares[(g * n + r) * n + i];
     return total;
   }
 

@@ -103,11 +103,11 @@ void linear_backward(const OpPlan& o, const Pass<T>& p) {
   if (p.wants_param_grad(op.b)) bias_grad<Dual>(o, p);
 }
 
-// sum_i a_i b_i in double, over whole vectors
+// sum_i a_i b_i in double, over whole vectors: the rest of the last one is 0
 template <class T>
-double wide_dot(const T* a, const T* b, int64_t padded) {
+double wide_dot(const T* a, const T* b, int64_t columns) {
   double sums[lanes<T>] = {};
-  for (int64_t i = 0; i < padded; i += lanes<T>)
+  for (int64_t i = 0; i < columns; i += lanes<T>)
     for (int64_t j = 0; j < lanes<T>; ++j) sums[j] += double(a[i + j]) * double(b[i + j]);
   double total = 0;
   for (double sum : sums) total += sum;
@@ -116,12 +116,12 @@ double wide_dot(const T* a, const T* b, int64_t padded) {
 
 // |d^T x|^2 = <d d^T, x x^T>, whose terms may cancel: in double
 template <class T>
-double squared_norm(int64_t n, const T* d, int64_t ldd, const T* x, int64_t ldx) {
+double squared_norm(int64_t n, const T* d, int64_t ldd, int64_t O, const T* x, int64_t ldx, int64_t I) {
   double total = 0;
   for (int64_t r = 0; r < n; ++r)
     for (int64_t i = 0; i <= r; ++i)
       total +=
-          (i < r ? 2 : 1) * wide_dot(d + r * ldd, d + i * ldd, ldd) * wide_dot(x + r * ldx, x + i * ldx, ldx);
+          (i < r ? 2 : 1) * wide_dot(d + r * ldd, d + i * ldd, O) * wide_dot(x + r * ldx, x + i * ldx, I);
   return total;
 }
 

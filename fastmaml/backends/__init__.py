@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +38,12 @@ class Problem:
     layouts: dict[int, Any] = field(default_factory=dict)  # see layout()
     strided: dict[int, Any] = field(default_factory=dict)  # (shape, stride, offset) of each parameter
     memo: dict[Any, Any] = field(default_factory=dict)  # what backends derive from the rest
+    traced: set[int] = field(default_factory=set)  # numbers of examples that the Program was seen to hold for
+
+    def like(self, other: "Problem") -> bool:
+        """Has it the same Program, parameters and loss?"""
+        mine, its = ((p.program, p.names, p.shapes, p.adapt, p.loss, p.example_shape) for p in (self, other))
+        return self.program is not None and mine == its
 
     @property
     def model(self) -> nn.Module:
@@ -63,16 +69,39 @@ class Problem:
 _problems: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
-def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | None) -> Problem:
-    """The Problem, made once and again whenever the modules, their mode, hooks or what is frozen change.
+def problem_for(
+    model: nn.Module, example_shape: tuple[int, ...], loss: Loss | None, examples: tuple[int, ...] = ()
+) -> Problem:
+    """The Problem, made once and again whenever modules, their mode, hooks, plain attributes (`layer.eps`),
+    or what is frozen change. What a model reads from lists, dicts or objects of its own may change unnoticed.
 
-    A hyperparameter written into a layer afterwards (`layer.eps = ..`) goes unnoticed, save dropout's p.
+    examples: numbers of them that it is called with. A model that computes something else for some number of
+    examples has no Program.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
     state = _state(model)
     known = _problems.setdefault(model, {})
     key = (tuple(example_shape), loss)
-    if key in known and known[key][0] == state:
-        return known[key][1]
+    before = known.get(key)
+    if before is None or before[0] != state:
+        problem = _made(model, key[0], loss)
+        if before is not None and problem.like(before[1]):
+            problem = before[1]  # with all that backends have made of it
+        if len(known) >= 64:  # a fresh lambda for every call must not fill the memory
+            known.clear()
+    else:
+        problem = before[1]
+        if problem.traced.issuperset(examples):
+            return problem
+    if problem.program is not None and (why := _varies(model, problem, examples)):
+        problem = replace(problem, program=None, why_no_program=why, encoded={}, memo={})
+    problem.traced.update(examples)
+    known[key] = state, problem
+    return problem
+
+
+def _made(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | None) -> Problem:
     parameters = dict(model.named_parameters())
     program, why = None, None
     try:
@@ -81,12 +110,19 @@ def problem_for(model: nn.Module, example_shape: tuple[int, ...], loss: Loss | N
         why = str(error)
     shapes = tuple(tuple(p.shape) for p in parameters.values())
     adapt = tuple(p.requires_grad for p in parameters.values())
-    example = tuple(example_shape)
-    problem = Problem(weakref.ref(model), example, program, why, loss, tuple(parameters), shapes, adapt)
-    if len(known) >= 64:  # a fresh lambda for every call must not fill the memory
-        known.clear()
-    known[key] = state, problem
-    return problem
+    return Problem(weakref.ref(model), example_shape, program, why, loss, tuple(parameters), shapes, adapt)
+
+
+def _varies(model: nn.Module, problem: Problem, examples: tuple[int, ...]) -> str | None:
+    """Why the Program is not what the model computes for one of these numbers of examples."""
+    for n in sorted({n for n in examples if n > 0} - problem.traced):
+        try:
+            same = trace(model, problem.example_shape, n) == problem.program
+        except Unsupported:
+            same = False
+        if not same:
+            return f"the model ({type(model).__name__}) computes something else for {n} examples"
+    return None
 
 
 def _state(model: nn.Module) -> list[Any]:
@@ -97,8 +133,8 @@ def _state(model: nn.Module) -> list[Any]:
         if m is None:
             continue
         d = m.__dict__
-        state += (id(m), type(m), d["training"], len(d["_forward_hooks"]), len(d["_forward_pre_hooks"]))
-        state.append(id(d.get("p")))  # dropout's: its error says to set it to 0
+        state += (id(m), type(m), len(d["_forward_hooks"]), len(d["_forward_pre_hooks"]))
+        state += [a for a in d.values() if type(a) in _PLAIN]  # hyperparameters, and `training`
         if own := d["_parameters"]:
             for name, p in own.items():
                 if p is not None:
@@ -106,6 +142,9 @@ def _state(model: nn.Module) -> list[Any]:
         if children := d["_modules"]:
             modules += children.values()
     return state
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def prepare(
@@ -121,7 +160,7 @@ def prepare(
 
     sizes: of the call, None within torch.compile
     """
-    problem = problem_for(model, example_shape, None if loss is None else resolve(loss))
+    problem = problem_for(model, example_shape, None if loss is None else resolve(loss), sizes or ())
     chosen = choose(problem, device, dtype, name, sizes)
     return problem, next(n for n, backend in BACKENDS.items() if backend is chosen)
 

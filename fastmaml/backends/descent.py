@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .torch import clipping, wide
+from .torch_descent import clipping, wide
 
 
 class Descent:

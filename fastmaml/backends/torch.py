@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from ..reference import _call
-from ..running import innermost
+from ..running import innermost, turns_grad_off
 from . import torch_factored, torch_linear
+from .torch_descent import State, Weights, descent, through_clip
 
 if TYPE_CHECKING:
     from . import Problem
-
-Weights = list[Tensor]  # [T, *shape] per parameter
 
 
 DEVICE = None  # of the tensors that it takes by itself; None: any
@@ -149,6 +148,24 @@ def _prepare_jvp() -> None:
         jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
+def _has_jvp(problem, w: Weights, x: Tensor, y) -> bool:
+    """False where _no_jvp was, and where the model or the loss says torch.no_grad(), which jvp ignores."""
+    if "jvp" not in problem.memo:
+        _prepare_jvp()
+        one = [None if a is None else a[0].detach() for a in (x, *y)]
+        off = turns_grad_off(lambda: _loss(problem)([a[0].detach() for a in w], *one))
+        problem.memo["jvp"] = not off
+    return problem.memo["jvp"]
+
+
+def _no_jvp(problem, error: RuntimeError) -> None:
+    """Some of torch's operators have none, as the gradients of huber_loss and mse_loss: weights are dense,
+    and the gradient is differentiated in reverse. Any other error is raised."""
+    if not isinstance(error, NotImplementedError) and "ZeroTensor" not in str(error):
+        raise error
+    problem.memo["jvp"] = False
+
+
 def _curvature(problem, w, u, x, y, with_x):
     """H u, and d<g, u>/dx if asked, per task."""
     argnums = (0, 1) if with_x else (0,)
@@ -163,13 +180,12 @@ def _curvature(problem, w, u, x, y, with_x):
 
         return grad(along, argnums=argnums)(w, x)
 
-    if "reverse" not in problem.memo:
-        _prepare_jvp()
+    if _has_jvp(problem, w, x, y):
         try:
             h, *h_x = _map(forward_over_reverse, w, u, x, *y)
             return h, h_x[0] if h_x else None
-        except NotImplementedError:  # some of torch's operators have no jvp, huber_loss's gradient for one
-            problem.memo["reverse"] = True
+        except RuntimeError as error:
+            _no_jvp(problem, error)
     h, *h_x = _map(reverse_over_reverse, w, u, x, *y)
     return h, h_x[0] if h_x else None
 
@@ -193,67 +209,13 @@ def _step_sizes(problem, lr_k: Tensor) -> list[Tensor | float]:
     return [a if adapt else 0.0 for a, adapt in zip(each, problem.adapt, strict=True)]
 
 
-State = tuple[Weights, Weights | None]  # W_k, M_k: see optimizers.py; None where the rule is ()
-
-
 def _start(problem, params, T: int, rule) -> State:
     w = _own(problem, params, T)
     return w, [torch.zeros_like(p) for p in w] if rule else None
 
 
-def _clip(problem, g: Weights, most: float) -> tuple[Tensor, Tensor]:
-    each = [wide(a).flatten(1).square().sum(1) for a, ok in zip(g, problem.adapt, strict=True) if ok]
-    norm = torch.stack(each or [wide(g[0].new_zeros(len(g[0])))]).sum(0).sqrt()
-    return clipping(norm, most, g[0].dtype)
-
-
-def wide(a: Tensor) -> Tensor:
-    """In a dtype where squares neither overflow nor cancel; not every device has float64"""
-    return a.float() if a.device.type == "mps" else a.double()
-
-
-def clipping(norm: Tensor, most: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """c = min(1, most / (|g| + 1e-6)) and dc / d(|g|^2 / 2), [T] each of that dtype"""
-    c = most / (norm + 1e-6)
-    slope = torch.where((c < 1) & (norm > 0), -c / ((norm + 1e-6) * norm), 0.0)
-    return c.clamp(max=1.0).to(dtype), slope.to(dtype)
-
-
-def _each(a: Tensor, like: Tensor) -> Tensor:
-    """[T] beside [T, *shape]"""
-    return a.view(-1, *[1] * (like.dim() - 1))
-
-
-def next_momentum(rule: tuple[float, ...], m: Tensor, g: Tensor, w: Tensor) -> Tensor:
-    """M_{k+1} = momentum M_k + c g_k + weight_decay W_k; g: clipped"""
-    return rule[0] * m + g + rule[1] * w
-
-
-def _descent(problem, state: State, g: Weights, rule) -> Weights:
-    """M_{k+1} of each parameter"""
-    w, m = state
-    if m is None:
-        return g
-    if (most := rule[2]) < math.inf:
-        c, _ = _clip(problem, g, most)
-        g = [_each(c, a) * a for a in g]
-    return [next_momentum(rule, b, a, p) for p, b, a in zip(w, m, g, strict=True)]
-
-
-def _through_clip(problem, n: Weights, g: Weights, rule) -> Weights:
-    """The derivative of c g by g, times n: c n + c' <g, n> g"""
-    if not rule or rule[2] == math.inf:
-        return n
-    c, slope = _clip(problem, g, rule[2])
-    along = slope * torch.stack([(a * b).flatten(1).sum(1) for a, b in zip(g, n, strict=True)]).sum(0)
-    return [
-        _each(c, a) * a + _each(along, b) * b if ok else a
-        for a, b, ok in zip(n, g, problem.adapt, strict=True)
-    ]
-
-
 def _step(problem, state: State, lr_k: Tensor, rule, x, y) -> State:
-    m = _descent(problem, state, _map(grad(_loss(problem)), state[0], x, *y), rule)
+    m = descent(problem, state, _map(grad(_loss(problem)), state[0], x, *y), rule)
     sizes = _step_sizes(problem, lr_k)
     w = [p - s * d if a else p for p, s, d, a in zip(state[0], sizes, m, problem.adapt, strict=True)]
     return w, m if rule else None
@@ -306,7 +268,7 @@ def _adjoint(
             if "lr" in needs:
                 each = [
                     -(a * b) if ok else torch.zeros_like(a)
-                    for a, b, ok in zip(v, _descent(problem, state, g, rule), problem.adapt, strict=True)
+                    for a, b, ok in zip(v, descent(problem, state, g, rule), problem.adapt, strict=True)
                 ]
                 if S not in (1, count):
                     row = flatten(problem, each)
@@ -315,7 +277,7 @@ def _adjoint(
                     row = row.sum(1, keepdim=True) if S == 1 else row
                 g_lr.append(row if per_task else row.sum(0, keepdim=True))
             if not first_order:
-                h, h_x = _curvature(problem, w, _through_clip(problem, n, g, rule), x, y, "x" in needs)
+                h, h_x = _curvature(problem, w, through_clip(problem, n, g, rule), x, y, "x" in needs)
                 v = [a + b for a, b in zip(v, h, strict=True)]
                 g_x = g_x + h_x if h_x is not None else g_x
             if decay:
@@ -341,16 +303,15 @@ def meta_loss(
     problem, params, lr, support, query,
     *, steps, first_order, rule=(), step_weights=(), checkpoint_every, per_task, scale, needs, factored=(),
 ):  # fmt: skip
-    if factored and "reverse" not in problem.memo:
-        _prepare_jvp()
+    if factored and _has_jvp(problem, _own(problem, params, 1), *support):
         try:
             return torch_factored.meta_loss(
                 sys.modules[__name__], problem, params, lr, support, query,
                 steps=steps, first_order=first_order, rule=rule, step_weights=step_weights,
                 per_task=per_task, scale=scale, needs=needs, factored=factored,
             )  # fmt: skip
-        except NotImplementedError:  # as in _curvature: without a jvp weights are dense
-            problem.memo["reverse"] = True
+        except RuntimeError as error:
+            _no_jvp(problem, error)
     (x, y), (x_q, y_q) = support, query
     every = checkpoint_every or max(steps, 1)
     back = needs & {"params", "lr", "x_s"}

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.func import grad_and_value, jvp
 
 from ..forms import FactoredWeight
+from .torch_descent import clipping, next_momentum, wide
 from .torch_linear import Caught
 
 Rows = tuple[Tensor, Tensor]  # d [T, R, O], x [T, R, I]: a sum of outer products d^T x
@@ -148,16 +149,15 @@ class FactoredLoop:
         adapt = self.problem.adapt
         if not any(adapt):
             return 1.0, 0.0
-        wide = self.backend.wide  # the terms of a Gram's sum cancel
         squares = [wide(a).flatten(1).square().sum(1) for i, a in g.items() if adapt[i]]
-        squares += [
+        squares += [  # wide, for the terms of a Gram's sum cancel
             ((d_k @ d_k.mT) * (x_k @ x_k.mT)).sum((1, 2))
             for layer, d_k, x_k in zip(self.layers, map(wide, d), map(wide, x), strict=True)
             if adapt[layer.weight]
         ]
         # rounding can make it slightly less than 0
         norm = torch.stack(squares).sum(0).clamp(min=0).sqrt()
-        return self.backend.clipping(norm, self.rule[2], x[0].dtype)
+        return clipping(norm, self.rule[2], x[0].dtype)
 
     def step(self, sizes: list, x: Tensor, y) -> None:
         """W_{k+1} = W_k - a_k M_{k+1}; sizes: of each parameter, 0.0 for what is frozen"""
@@ -171,7 +171,7 @@ class FactoredLoop:
             if self.problem.adapt[i]:
                 m = _times(c, g[i])
                 if self.rule:
-                    m = self.m[i] = self.backend.next_momentum(self.rule, self.m[i], m, w)
+                    m = self.m[i] = next_momentum(self.rule, self.m[i], m, w)
                 self.w[i] = w - sizes[i] * m
         for layer, d_k, x_k in zip(self.layers, d, inputs, strict=True):
             if not self.problem.adapt[layer.weight]:
@@ -200,7 +200,7 @@ class FactoredLoop:
         found = {}
         for i, g_i in g.items():
             m = _times(c, g_i)
-            m = self.backend.next_momentum(self.rule, self.m[i], m, self.w[i]) if self.rule else m
+            m = next_momentum(self.rule, self.m[i], m, self.w[i]) if self.rule else m
             found[i] = (v[0][i] * m).flatten(1).sum(1)
         for layer, v_k, d_k, x_k in zip(self.layers, v[1], d, inputs, strict=True):
             along = c * (v_k.first * v_k.products(d_k, x_k)).sum(1)

@@ -67,6 +67,13 @@ inline Program wide() {
   return p;
 }
 
+// Buffers too: a multiple of a kilobyte. An op without parameters goes over all of their rows.
+inline Program wider() {
+  Net p(1, 2);
+  p.linear(p.activation(Kind::tanh, p.linear(0, 128)), 3);
+  return p;
+}
+
 inline Program norms(int64_t O) {
   Net p(1, 4);
   int64_t h = p.norm(Kind::batch_norm, p.linear(0, 5, false), 0.1, true);
