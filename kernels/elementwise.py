@@ -74,6 +74,35 @@ def load_grad(
 
 
 @triton.jit
+def store_activated(
+    z,  # of a layer, its tangent by DUAL
+    y_ptr,  # written; read by DUAL
+    z_ptr,  # written if it is there; read by DUAL if READS_INPUT
+    t_y_ptr,
+    t_z_ptr,
+    e,
+    mask,
+    ACT: tl.constexpr,
+    ATTR: tl.constexpr,
+    READS_INPUT: tl.constexpr,
+    DUAL: tl.constexpr,
+):
+    """z and y = f(z), or their tangents"""
+    if DUAL:
+        if t_z_ptr is not None:
+            tl.store(t_z_ptr + e, z, mask=mask)
+        if ACT != "none":
+            at_ptr = z_ptr if READS_INPUT else y_ptr
+            first, _ = slopes(tl.load(at_ptr + e, mask=mask, other=0.0), ACT, ATTR)
+            z *= first
+        tl.store(t_y_ptr + e, z, mask=mask)
+    else:
+        if z_ptr is not None:
+            tl.store(z_ptr + e, z, mask=mask)
+        tl.store(y_ptr + e, activate(z, ACT, ATTR), mask=mask)
+
+
+@triton.jit
 def elementwise_forward_kernel(
     x_ptr,  # [size]
     y_ptr,  # [size], written in full; read by DUAL

@@ -7,7 +7,8 @@ with g the gradient by x w^T + b. The gradient by w is not stored for its own sa
 import triton
 import triton.language as tl
 
-from .elementwise import activate, load_grad, slopes
+from .elementwise import load_grad, store_activated
+from .norm import norm_arguments, norm_forward, norm_tile
 from .tiles import (
     INTERPRETED,
     dot,
@@ -19,7 +20,7 @@ from .tiles import (
     stride,
     update_arguments,
 )
-from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
+from .types import NO_ACTIVATION, NOTHING, Activation, Buffer, Norm, Param, Update
 
 
 @triton.jit
@@ -43,6 +44,28 @@ def linear_forward_kernel(
     b_stride,
     t_w_stride,
     t_b_stride,
+    norm_w_ptr,  # these as in norm_tile
+    norm_b_ptr,
+    norm_y_ptr,
+    norm_z_ptr,
+    statistics_ptr,
+    norm_t_w_ptr,
+    norm_t_b_ptr,
+    norm_lr_w_ptr,
+    norm_lr_b_ptr,
+    norm_t_y_ptr,
+    norm_t_z_ptr,
+    norm_w_stride,
+    norm_b_stride,
+    norm_t_w_stride,
+    norm_t_b_stride,
+    NORM_AXIS: tl.constexpr,  # None: no norm behind it
+    NORM_EPS: tl.constexpr,
+    NORM_LR_W: tl.constexpr,
+    NORM_LR_B: tl.constexpr,
+    NORM_ACT: tl.constexpr,
+    NORM_ATTR: tl.constexpr,
+    NORM_READS_INPUT: tl.constexpr,
     HAS_B: tl.constexpr,
     HAS_T_X: tl.constexpr,
     HAS_T_W: tl.constexpr,
@@ -52,7 +75,6 @@ def linear_forward_kernel(
     ACT: tl.constexpr,
     ATTR: tl.constexpr,
     READS_INPUT: tl.constexpr,
-    STORE_Z: tl.constexpr,
     DUAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -95,22 +117,19 @@ def linear_forward_kernel(
 
     e = rows * O + o[None, :]
     mask = m_mask & o_mask
-    if DUAL:
-        if HAS_T_B:
-            acc += load_scaled(t_b_ptr + t * t_b_stride, lr_b_ptr, o, o < O, LR_B)[None, :]
-        if STORE_Z:
-            tl.store(t_z_ptr + e, acc, mask=mask)
-        if ACT != "none":
-            at_ptr = z_ptr if READS_INPUT else y_ptr
-            first, _ = slopes(tl.load(at_ptr + e, mask=mask, other=0.0), ACT, ATTR)
-            acc *= first
-        tl.store(t_y_ptr + e, acc, mask=mask)
-    else:
-        if HAS_B:
-            acc += tl.load(b_ptr + t * b_stride + o, mask=o < O, other=0.0)[None, :]
-        if STORE_Z:
-            tl.store(z_ptr + e, acc, mask=mask)
-        tl.store(y_ptr + e, activate(acc, ACT, ATTR), mask=mask)
+    if DUAL and HAS_T_B:
+        acc += load_scaled(t_b_ptr + t * t_b_stride, lr_b_ptr, o, o < O, LR_B)[None, :]
+    if not DUAL and HAS_B:
+        acc += tl.load(b_ptr + t * b_stride + o, mask=o < O, other=0.0)[None, :]
+    if NORM_AXIS is not None:
+        x = tl.load(y_ptr + e, mask=mask, other=0.0) if DUAL else acc
+        norm_tile(
+            x, acc, t, m, o, M, O, norm_w_ptr, norm_b_ptr, norm_y_ptr, norm_z_ptr, statistics_ptr,
+            norm_t_w_ptr, norm_t_b_ptr, norm_lr_w_ptr, norm_lr_b_ptr, norm_t_y_ptr, norm_t_z_ptr,
+            norm_w_stride, norm_b_stride, norm_t_w_stride, norm_t_b_stride, NORM_AXIS, NORM_EPS,
+            NORM_LR_W, NORM_LR_B, NORM_ACT, NORM_ATTR, NORM_READS_INPUT, True, DUAL,
+        )  # fmt: skip
+    store_activated(acc, y_ptr, z_ptr, t_y_ptr, t_z_ptr, e, mask, ACT, ATTR, READS_INPUT, DUAL)
 
 
 @triton.jit
@@ -267,41 +286,51 @@ if INTERPRETED.value:  # a tile costs a millisecond there, whatever its size
     LONGEST = dict.fromkeys(LONGEST, (64, 64))
 
 
-def tile(M: int, I: int, O: int, *, reduce: str, precision: str) -> dict[str, int]:
-    """Blocks of a product: as large as the sizes want, and at least what a tensor core takes."""
+# of the numbers of a group that a norm takes in the kernel of the linear layer before it
+MOST_NORMED = 128
+
+
+def tile(M: int, I: int, O: int, *, reduce: str, precision: str, whole: str = "") -> dict[str, int]:
+    """Blocks of a product: as large as the sizes want, and at least what a tensor core takes.
+
+    whole: M or O, of which one block is to hold all
+    """
     along, across = LONGEST[precision]
     sizes = {"M": M, "I": I, "O": O}
-    blocks = {
-        f"BLOCK_{n}": power_of_two(size, 16, along if n == reduce else across) for n, size in sizes.items()
-    }
+    most = dict.fromkeys(sizes, across) | {reduce: along}
+    if whole and sizes[whole] > across:
+        most |= {"M": 16, "O": 16} | {whole: MOST_NORMED}
+    blocks = {f"BLOCK_{n}": power_of_two(size, 16, most[n]) for n, size in sizes.items()}
     large = blocks["BLOCK_M"] * blocks["BLOCK_I"] * blocks["BLOCK_O"] > 32 * 32 * 64
     return blocks | {"num_warps": 8 if large else 4}
 
 
 def linear_forward(
     x: Buffer, w: Param, b: Param | None, y: Buffer, z: Buffer | None,
-    act: Activation = NO_ACTIVATION, *, dual: bool, precision: str = "ieee",
+    act: Activation = NO_ACTIVATION, norm: Norm | None = None, *, dual: bool, precision: str = "ieee",
 ) -> None:  # fmt: skip
-    """y [T, M, O] from x [T, M, I], w [T, O, I] and b [T, O], or its tangent.
+    """y [T, M, O] from x [T, M, I], w [T, O, I] and b [T, O], or its tangent; then the norm of y, in the same
+    launch where a program can hold its groups.
 
     z: what f takes, kept where the backward pass reads it: the value if act.reads_input, the tangent if
     act.curved
     """
     (T, M, I), O = x.value.shape, y.value.shape[2]
-    blocks = tile(M, I, O, reduce="I", precision=precision)
-    b = b or Param(w.value)
-    stored_z = None if z is None else z.t_value if dual else z.value
+    fused = norm if norm and (M, O)[norm.axis] <= MOST_NORMED else None
+    blocks = tile(M, I, O, reduce="I", precision=precision, whole="MO"[fused.axis] if fused else "")
+    b, z = b or Param(w.value), z or NOTHING
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(O, blocks["BLOCK_O"])
     linear_forward_kernel[grid](
-        x.value, w.value, b.value, y.value, None if z is None else z.value,
-        x.t_value, w.tangent, b.tangent, w.lr, b.lr, y.t_value, stored_z,
+        x.value, w.value, b.value, y.value, z.value,
+        x.t_value, w.tangent, b.tangent, w.lr, b.lr, y.t_value, z.t_value,
         M, I, O, w.value.stride(0), b.value.stride(0), stride(w.tangent), stride(b.tangent),
-        HAS_B=b.value is not w.value, HAS_T_X=x.t_value is not None,
+        **norm_arguments(fused), HAS_B=b.value is not w.value, HAS_T_X=x.t_value is not None,
         HAS_T_W=w.tangent is not None, HAS_T_B=b.tangent is not None,
         LR_W=number_or_elements(w.lr), LR_B=number_or_elements(b.lr),
-        ACT=act.name, ATTR=act.attr, READS_INPUT=act.reads_input,
-        STORE_Z=stored_z is not None, DUAL=dual, PRECISION=precision, **blocks,
+        ACT=act.name, ATTR=act.attr, READS_INPUT=act.reads_input, DUAL=dual, PRECISION=precision, **blocks,
     )  # fmt: skip
+    if norm and not fused:
+        norm_forward(y, *norm[:6], eps=norm.eps, axis=norm.axis, dual=dual)
 
 
 def linear_backward_input(

@@ -5,10 +5,12 @@ Formulas: fastmaml/ops/batch_norm.py. Statistics [T, groups, 4]: m, s, and, for 
 mean (h t_x).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-from .elementwise import activate, load_grad, slopes
+from .elementwise import load_grad, store_activated
 from .tiles import (
     as_number,
     check_group,
@@ -20,7 +22,7 @@ from .tiles import (
     stride,
     update_arguments,
 )
-from .types import NO_ACTIVATION, Activation, Buffer, Param, Update
+from .types import NO_ACTIVATION, Activation, Buffer, Norm, Param, Update
 
 
 @triton.jit
@@ -30,39 +32,108 @@ def mean(a, count, AXIS: tl.constexpr):
 
 
 @triton.jit
-def norm_forward_kernel(
-    x_ptr,  # [T, M, C]
+def norm_tile(
+    x,  # [BLOCK_M, BLOCK_C], whole groups
+    t_x,  # its tangent, read by DUAL if HAS_T_X
+    t,
+    m,
+    c,
+    M,
+    C,
     w_ptr,  # [T, C]
     b_ptr,  # [T, C]
     y_ptr,  # [T, M, C], written in full; read by DUAL
     z_ptr,  # [T, M, C]
     statistics_ptr,  # [T, groups, 4], two of them written, the others by DUAL
-    t_x_ptr,  # [T, M, C]
     t_w_ptr,  # [T, C], times lr_w
     t_b_ptr,  # [T, C], times lr_b
     lr_w_ptr,
     lr_b_ptr,
     t_y_ptr,  # [T, M, C], written in full by DUAL
     t_z_ptr,  # [T, M, C]
-    M,
-    C,
     w_stride,
     b_stride,
     t_w_stride,
     t_b_stride,
-    EPS: tl.constexpr,
     AXIS: tl.constexpr,
-    HAS_W: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_T_X: tl.constexpr,
-    HAS_T_W: tl.constexpr,
-    HAS_T_B: tl.constexpr,
+    EPS: tl.constexpr,
     LR_W: tl.constexpr,
     LR_B: tl.constexpr,
     ACT: tl.constexpr,
     ATTR: tl.constexpr,
     READS_INPUT: tl.constexpr,
-    STORE_Z: tl.constexpr,
+    HAS_T_X: tl.constexpr,
+    DUAL: tl.constexpr,
+):
+    """The forward pass on what a program holds of x"""
+    c_mask = c < C
+    mask = (m < M)[:, None] & c_mask[None, :]
+    e = (t * M + m)[:, None] * C + c[None, :]
+    group = tl.expand_dims(t * C + c if AXIS == 0 else t * M + m, AXIS)
+    group_mask = tl.expand_dims(c_mask if AXIS == 0 else m < M, AXIS)
+    statistics_ptr += group * 4
+    count = as_number(M if AXIS == 0 else C, x.dtype)
+    if DUAL:
+        s = tl.load(statistics_ptr + 1, mask=group_mask, other=0.0)
+        h = (x - tl.load(statistics_ptr, mask=group_mask, other=0.0)) * s
+        h = tl.where(mask, h, 0.0)
+        out = tl.zeros_like(x)
+        if HAS_T_X:
+            t_x = tl.where(mask, t_x, 0.0)
+            t_m = mean(t_x, count, AXIS)
+            along = mean(h * t_x, count, AXIS)
+            tl.store(statistics_ptr + 2, t_m, mask=group_mask)
+            tl.store(statistics_ptr + 3, along, mask=group_mask)
+            out = s * (t_x - t_m - h * along)
+            if w_ptr is not None:
+                out *= tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
+        if t_w_ptr is not None:
+            out += h * load_scaled(t_w_ptr + t * t_w_stride, lr_w_ptr, c, c_mask, LR_W)[None, :]
+        if t_b_ptr is not None:
+            out += load_scaled(t_b_ptr + t * t_b_stride, lr_b_ptr, c, c_mask, LR_B)[None, :]
+    else:
+        center = mean(tl.where(mask, x, 0.0), count, AXIS)
+        d = tl.where(mask, x - center, 0.0)
+        s = 1.0 / tl.sqrt(mean(d * d, count, AXIS) + EPS)
+        tl.store(statistics_ptr, center, mask=group_mask)
+        tl.store(statistics_ptr + 1, s, mask=group_mask)
+        out = d * s
+        if w_ptr is not None:
+            out *= tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
+        if b_ptr is not None:
+            out += tl.load(b_ptr + t * b_stride + c, mask=c_mask, other=0.0)[None, :]
+    store_activated(out, y_ptr, z_ptr, t_y_ptr, t_z_ptr, e, mask, ACT, ATTR, READS_INPUT, DUAL)
+
+
+@triton.jit
+def norm_forward_kernel(
+    x_ptr,  # [T, M, C]
+    t_x_ptr,  # [T, M, C]
+    M,
+    C,
+    norm_w_ptr,  # these as in norm_tile
+    norm_b_ptr,
+    norm_y_ptr,
+    norm_z_ptr,
+    statistics_ptr,
+    norm_t_w_ptr,
+    norm_t_b_ptr,
+    norm_lr_w_ptr,
+    norm_lr_b_ptr,
+    norm_t_y_ptr,
+    norm_t_z_ptr,
+    norm_w_stride,
+    norm_b_stride,
+    norm_t_w_stride,
+    norm_t_b_stride,
+    NORM_AXIS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    NORM_LR_W: tl.constexpr,
+    NORM_LR_B: tl.constexpr,
+    NORM_ACT: tl.constexpr,
+    NORM_ATTR: tl.constexpr,
+    NORM_READS_INPUT: tl.constexpr,
+    HAS_T_X: tl.constexpr,
     DUAL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,52 +142,17 @@ def norm_forward_kernel(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (m < M)[:, None] & (c < C)[None, :]
-    c_mask = c < C
     e = (t * M + m)[:, None] * C + c[None, :]
-    group = tl.expand_dims(t * C + c if AXIS == 0 else t * M + m, AXIS)
-    group_mask = tl.expand_dims(c_mask if AXIS == 0 else m < M, AXIS)
-    statistics_ptr += group * 4
     x = tl.load(x_ptr + e, mask=mask, other=0.0)
-    count = as_number(M if AXIS == 0 else C, x.dtype)
-    if DUAL:
-        s = tl.load(statistics_ptr + 1, mask=group_mask, other=0.0)
-        h = (x - tl.load(statistics_ptr, mask=group_mask, other=0.0)) * s
-        h = tl.where(mask, h, 0.0)
-        out = tl.zeros([BLOCK_M, BLOCK_C], dtype=x.dtype)
-        if HAS_T_X:
-            t_x = tl.load(t_x_ptr + e, mask=mask, other=0.0)
-            t_m = mean(t_x, count, AXIS)
-            along = mean(h * t_x, count, AXIS)
-            tl.store(statistics_ptr + 2, t_m, mask=group_mask)
-            tl.store(statistics_ptr + 3, along, mask=group_mask)
-            out = s * (t_x - t_m - h * along)
-            if HAS_W:
-                out *= tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
-        if HAS_T_W:
-            out += h * load_scaled(t_w_ptr + t * t_w_stride, lr_w_ptr, c, c_mask, LR_W)[None, :]
-        if HAS_T_B:
-            out += load_scaled(t_b_ptr + t * t_b_stride, lr_b_ptr, c, c_mask, LR_B)[None, :]
-        if STORE_Z:
-            tl.store(t_z_ptr + e, out, mask=mask)
-        if ACT != "none":
-            at_ptr = z_ptr if READS_INPUT else y_ptr
-            first, _ = slopes(tl.load(at_ptr + e, mask=mask, other=0.0), ACT, ATTR)
-            out *= first
-        tl.store(t_y_ptr + e, out, mask=mask)
-    else:
-        center = mean(x, count, AXIS)
-        d = tl.where(mask, x - center, 0.0)
-        s = 1.0 / tl.sqrt(mean(d * d, count, AXIS) + EPS)
-        tl.store(statistics_ptr, center, mask=group_mask)
-        tl.store(statistics_ptr + 1, s, mask=group_mask)
-        out = d * s
-        if HAS_W:
-            out *= tl.load(w_ptr + t * w_stride + c, mask=c_mask, other=0.0)[None, :]
-        if HAS_B:
-            out += tl.load(b_ptr + t * b_stride + c, mask=c_mask, other=0.0)[None, :]
-        if STORE_Z:
-            tl.store(z_ptr + e, out, mask=mask)
-        tl.store(y_ptr + e, activate(out, ACT, ATTR), mask=mask)
+    t_x = x
+    if DUAL and HAS_T_X:
+        t_x = tl.load(t_x_ptr + e, mask=mask, other=0.0)
+    norm_tile(
+        x, t_x, t, m, c, M, C, norm_w_ptr, norm_b_ptr, norm_y_ptr, norm_z_ptr, statistics_ptr,
+        norm_t_w_ptr, norm_t_b_ptr, norm_lr_w_ptr, norm_lr_b_ptr, norm_t_y_ptr, norm_t_z_ptr,
+        norm_w_stride, norm_b_stride, norm_t_w_stride, norm_t_b_stride, NORM_AXIS, NORM_EPS,
+        NORM_LR_W, NORM_LR_B, NORM_ACT, NORM_ATTR, NORM_READS_INPUT, HAS_T_X, DUAL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -257,6 +293,37 @@ def _with_warps(blocks: dict[str, int]) -> dict[str, int]:
     return blocks | {"num_warps": 4 if numbers <= 4096 else 8 if numbers <= 8192 else 16}
 
 
+def norm_arguments(norm: Norm | None) -> dict[str, Any]:
+    """The arguments of a kernel for the norm that it computes, if any."""
+    nothing: Any = None
+    n = norm or Norm(None, None, Buffer(nothing), None, nothing, NO_ACTIVATION, 0.0, nothing)
+    w, b, z = n.w or Param(nothing), n.b or Param(nothing), n.z or Buffer(nothing)
+    return {
+        "norm_w_ptr": w.value,
+        "norm_b_ptr": b.value,
+        "norm_y_ptr": n.y.value,
+        "norm_z_ptr": z.value,
+        "statistics_ptr": n.statistics,
+        "norm_t_w_ptr": w.tangent,
+        "norm_t_b_ptr": b.tangent,
+        "norm_lr_w_ptr": w.lr,
+        "norm_lr_b_ptr": b.lr,
+        "norm_t_y_ptr": n.y.t_value,
+        "norm_t_z_ptr": z.t_value,
+        "norm_w_stride": stride(w.value),
+        "norm_b_stride": stride(b.value),
+        "norm_t_w_stride": stride(w.tangent),
+        "norm_t_b_stride": stride(b.tangent),
+        "NORM_AXIS": n.axis,
+        "NORM_EPS": n.eps,
+        "NORM_LR_W": number_or_elements(w.lr),
+        "NORM_LR_B": number_or_elements(b.lr),
+        "NORM_ACT": n.act.name,
+        "NORM_ATTR": n.act.attr,
+        "NORM_READS_INPUT": n.act.reads_input,
+    }
+
+
 def norm_forward(
     x: Buffer, w: Param | None, b: Param | None, y: Buffer, z: Buffer | None, statistics,
     act: Activation = NO_ACTIVATION, *, eps: float, axis: int, dual: bool,
@@ -264,17 +331,9 @@ def norm_forward(
     """y [T, M, C] and the statistics, or their tangents. z: as in linear_forward"""
     T, M, C = x.value.shape
     blocks = tile(M, C, axis)
-    W, B = w or Param(x.value), b or Param(x.value)
-    stored_z = None if z is None else z.t_value if dual else z.value
     norm_forward_kernel[(T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_C"]))](
-        x.value, W.value, B.value, y.value, None if z is None else z.value, statistics,
-        x.t_value, W.tangent, B.tangent, W.lr, B.lr, y.t_value, stored_z,
-        M, C, W.value.stride(0), B.value.stride(0), stride(W.tangent), stride(B.tangent),
-        EPS=eps, AXIS=axis, HAS_W=w is not None, HAS_B=b is not None, HAS_T_X=x.t_value is not None,
-        HAS_T_W=W.tangent is not None, HAS_T_B=B.tangent is not None,
-        LR_W=number_or_elements(W.lr), LR_B=number_or_elements(B.lr),
-        ACT=act.name, ATTR=act.attr, READS_INPUT=act.reads_input,
-        STORE_Z=stored_z is not None, DUAL=dual, **blocks,
+        x.value, x.t_value, M, C, **norm_arguments(Norm(w, b, y, z, statistics, act, eps, axis)),
+        HAS_T_X=x.t_value is not None, DUAL=dual, **blocks,
     )  # fmt: skip
 
 

@@ -14,6 +14,9 @@ class Buffer(NamedTuple):
     t_grad: Tensor | None = None
 
 
+NOTHING = Buffer(None)  # pyright: ignore[reportArgumentType]
+
+
 class Param(NamedTuple):
     """A parameter [T, *shape] and its tangent, `lr * tangent`; shared by all tasks where stride(0) is 0.
 
@@ -55,3 +58,16 @@ class Activation(NamedTuple):
 
 
 NO_ACTIVATION = Activation()
+
+
+class Norm(NamedTuple):
+    """A norm of a linear layer's y, in the layer's kernel where a program of it can hold whole groups."""
+
+    w: Param | None
+    b: Param | None
+    y: Buffer
+    z: Buffer | None
+    statistics: Tensor
+    act: Activation
+    eps: float
+    axis: int  # 0: over the rows of a task, 1: over the columns

@@ -102,7 +102,13 @@ def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
     return a @ b
 
 
-def linear_forward(x, w, b, y, z, act=types.NO_ACTIVATION, *, dual, precision="ieee") -> None:
+def linear_forward(x, w, b, y, z, act=types.NO_ACTIVATION, norm=None, *, dual, precision="ieee") -> None:
+    _product_forward(x, w, b, y, z, act, dual, precision)
+    if norm is not None:
+        norm_forward(y, *norm[:6], eps=norm.eps, axis=norm.axis, dual=dual)
+
+
+def _product_forward(x, w, b, y, z, act, dual, precision) -> None:
     if not dual:
         out = product(x.value, w.value.mT, precision)
         return _finish(y, z, out if b is None else out + b.value[:, None], act, dual)

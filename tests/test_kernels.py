@@ -238,6 +238,53 @@ def test_layers(op: str, way: str, sizes: tuple[int, ...], dual: bool) -> None:
             check_layer(op, way, sizes, dual, act, number + sum(sizes))
 
 
+@dataclass
+class Normed:
+    """A linear layer and the norm of its output, which its forward pass computes"""
+
+    x: Any
+    w: Any
+    b: Any
+    y: Any
+    norm: Any
+
+
+def check_normed(axis: int, sizes: tuple[int, ...], dual: bool, act: Any, variant: int) -> None:
+    torch.manual_seed(variant)
+    T, M, _, O = sizes
+    a = layer("linear", sizes, ACTIVATIONS[0], variant)
+    after = layer(("batch_norm", "layer_norm")[axis], (T, M, O, O), act, variant + 1)
+    norm = types.Norm(after.w, after.b, after.y, after.z, after.statistics, act, 1e-3, axis)
+    case = Normed(a.x, a.w, a.b if variant % 2 else None, a.y, norm)
+
+    def run(passes: Any, c: Normed, dual: bool) -> None:
+        passes.linear_forward(c.x, c.w, c.b, c.y, None, norm=c.norm, dual=dual)
+
+    def outputs(c: Normed) -> list[Tensor]:
+        buffers = [b for b in (c.y, c.norm.y, c.norm.z) if b is not None]
+        out = [b.t_value if dual else b.value for b in buffers]
+        return [
+            *(t for t in out if t is not None),
+            c.norm.statistics[..., 2:] if dual else c.norm.statistics[..., :2],
+        ]
+
+    run(naive_passes, case, False)
+    check(lambda passes, c: run(passes, c, dual), case, outputs)
+
+
+@plain_and_dual
+@pytest.mark.parametrize("axis", [0, 1], ids=["batch_norm", "layer_norm"])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 2, 1, 2), (2, 5, 17, 66), (2, 65, 5, 130), (2, 130, 17, 65)],
+    ids=lambda s: "T{}-M{}-I{}-O{}".format(*s),
+)
+def test_norm_behind_linear(axis: int, sizes: tuple[int, ...], dual: bool) -> None:
+    """In one kernel, or in two where a group is longer than a block"""
+    for number, act in enumerate(ACTIVATIONS[::4]):
+        check_normed(axis, sizes, dual, act, number)
+
+
 @plain_and_dual
 @both_ways
 @pytest.mark.parametrize("op", OPS)

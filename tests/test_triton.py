@@ -22,6 +22,7 @@ import fastmaml
 from fastmaml import functional, reference
 from fastmaml.backends import backends, problem_for, small_mlp, triton
 from fastmaml.backends.engine import Engine
+from fastmaml.backends.sweep import make_plan
 from fastmaml.forms import LinearLayer, Sizes, fastest
 from fastmaml.losses import MSE, CrossEntropy
 
@@ -129,6 +130,17 @@ def test_one_program_a_task(act: Any, loss: Any, monkeypatch: pytest.MonkeyPatch
         actual = _everything(meta_loss, functional, on_device(case), {"backend": "triton"})
         assert all(error(actual[n].cpu(), truth[n]) <= (1e-4 if GPU else 1e-13) for n in truth)
     assert len(runs) == 3
+
+
+def test_a_norm_joins_the_linear_layer_before_it() -> None:
+    """But not one that takes an activation of it"""
+    layers = [nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.LayerNorm(4)]
+    model = nn.Sequential(
+        *layers, nn.Linear(4, 130), nn.LayerNorm(130), nn.GELU(), nn.Linear(130, 2)
+    ).double()
+    nodes = make_plan(problem_for(model, (3,), MSE()), naive_passes.types).nodes
+    assert [node.joins for node in nodes if node.name.endswith("norm")] == [True, False, True]
+    check(case_of(model, MSE(), 2, 4, 6, 2))
 
 
 def test_float32_is_as_accurate_as_the_reference() -> None:

@@ -40,6 +40,10 @@ def layers(op: str, way: str, dual: bool, act=tanh, variants=(0, 1, 2)):
     return test
 
 
+def normed(axis: int, sizes: tuple[int, ...], dual: bool):
+    return lambda: test_kernels.check_normed(axis, sizes, dual, tanh, 1)
+
+
 def losses(loss: str, dual: bool, weighted: bool = True):
     return lambda: test_kernels.test_losses(loss, (3, 5, 5), weighted, dual)
 
@@ -67,13 +71,14 @@ def small_mlp(own: bool):
 small, small_own = small_mlp(False), small_mlp(True)
 forward, backward = layers("linear", "forward", False), layers("linear", "backward", False)
 t_forward, t_backward = layers("linear", "forward", True), layers("linear", "backward", True)
+joined, t_joined = normed(0, (2, 17, 5, 7), False), normed(0, (2, 17, 5, 7), True)
 norm, t_norm = (layers("batch_norm", "backward", dual) for dual in (False, True))
 
 # file, text, what takes its place, the test that must fail
 FAULTS = [
     # a missing mask
     ("linear.py", "x = tl.load(x_ptr + i[None, :], mask=x_mask, other=0.0)\n            w =", "x = tl.load(x_ptr + i[None, :], mask=m_mask, other=0.0)\n            w =", forward),
-    ("linear.py", "tl.store(t_y_ptr + e, acc, mask=mask)", "tl.store(t_y_ptr + e, acc, mask=m_mask)", t_forward),
+    ("linear.py", "    mask = m_mask & o_mask\n    if DUAL and", "    mask = m_mask\n    if DUAL and", t_forward),
     ("norm.py", "tl.store(out_ptr + e, out, mask=mask)", "tl.store(out_ptr + e, out, mask=(m < M)[:, None])", norm),
     # a wrong task offset
     ("linear.py", "w_ptr += t * w_stride + o[None, :]", "w_ptr += o[None, :]", forward),
@@ -92,8 +97,16 @@ FAULTS = [
     ("cross_entropy.py", "p * (t_z - tl.sum(p * t_z, 1)[:, None])", "p * t_z", losses("cross_entropy", True)),
     # a stale buffer
     ("linear.py", "if ADD:", "if False:", backward),
-    ("linear.py", "if STORE_Z:\n            tl.store(z_ptr", "if False:\n            tl.store(z_ptr", layers("linear", "forward", False, silu)),
+    ("elementwise.py", "if z_ptr is not None:\n            tl.store(z_ptr", "if False:\n            tl.store(z_ptr", layers("linear", "forward", False, silu)),
     ("norm.py", "tl.store(statistics_ptr + 3, along, mask=group_mask)", "pass", layers("batch_norm", "forward", True)),
+    # a norm in the kernel of the linear layer before it
+    ("norm.py", "mean(tl.where(mask, x, 0.0), count, AXIS)", "mean(x, count, AXIS)", joined),
+    ("norm.py", "t_x = tl.where(mask, t_x, 0.0)", "pass", t_joined),
+    ("norm.py", "out = s * (t_x - t_m - h * along)", "out = s * (t_x - t_m)", t_joined),
+    ("norm.py", "tl.store(statistics_ptr + 1, s, mask=group_mask)", "pass", joined),
+    ("linear.py", "x = tl.load(y_ptr + e, mask=mask, other=0.0) if DUAL else acc", "x = acc", t_joined),
+    ("linear.py", '"MO"[fused.axis] if fused else ""', '""', normed(0, (1, 65, 5, 3), False)),
+    ("linear.py", "if norm and not fused:", "if False:", normed(1, (1, 2, 5, 129), False)),
     # the whole inner loop in one kernel
     ("mlp.py", "t_z2 = dot(h1, u2, t_z2, PRECISION)", "pass", small),
     ("mlp.py", "kept_ptr + k * each_step\n            store_matrix(kept + at_w1", "kept_ptr\n            store_matrix(kept + at_w1", small),

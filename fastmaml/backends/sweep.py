@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from . import Problem
     from .rows import Rows
 
-_PRODUCERS = ("linear", "batch_norm", "layer_norm")
+_NORMS = ("batch_norm", "layer_norm")  # over the rows of a task, and over the columns
+_PRODUCERS = ("linear", *_NORMS)
 _ACTIVATIONS = ("relu", "leaky_relu", "tanh", "sigmoid", "gelu", "silu")
 
 
@@ -30,6 +31,7 @@ class Node:
     w, b: places of the parameters, None where absent
     moves, moves_in: do the output, the inputs depend on a parameter?
     first_in, first_w, first_b: is this the first op on the way back to write that gradient?
+    joins: a norm of the output of the linear layer before it, whose forward pass computes it too
     """
 
     name: str
@@ -45,6 +47,7 @@ class Node:
     first_in: tuple[bool, ...] = ()
     first_w: bool = False
     first_b: bool = False
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ def make_plan(problem: "Problem", types: ModuleType, factored: tuple[int, ...] =
             if after.name in _ACTIVATIONS and moves[op.output]:
                 folded.add(follower)
                 node = replace(node, act=_activation(after, types), z=op.output, out=after.output)
+        if node.name in _NORMS and nodes:
+            before = nodes[-1]
+            takes = before.name == "linear" and before.z is None and before.w not in factored
+            node = replace(node, joins=takes and before.out == node.inputs[0])
         nodes.append(node)
 
     for i, node in enumerate(nodes):
@@ -123,6 +130,10 @@ class Frame:
     statistics: dict[int, Tensor]  # by node
     examples: Examples
     on_query: bool
+
+    def of(self, dual: bool) -> list[Any]:
+        """The buffers, without tangents for a plain pass."""
+        return self.buffers if dual else [type(b)(b.value, b.grad) for b in self.buffers]
 
 
 class Frames:
@@ -174,28 +185,31 @@ class Sweep:
         self.rates: dict[int, Tensor] = {}
 
     def forward(self, frame: Frame, params: Mapping[int, Any], *, dual: bool = False) -> None:
-        for i, node in enumerate(self.plan.nodes):
-            if dual and not node.moves:
+        nodes, buffers = self.plan.nodes, frame.of(dual)
+        for i, node in enumerate(nodes):
+            if node.joins or (dual and not node.moves):
                 continue
-            x, y, z = frame.buffers[node.inputs[0]], frame.buffers[node.out], self._z(frame, node)
+            x, y, z = self._layer(buffers, node)
             w, b = self._get(params, node.w), self._get(params, node.b)
             if i in self.rows:
                 how = {"on_query": frame.on_query, "dual": dual}
                 self.rows[i].forward(x, b, y, self.rates.get(i), **how)
             elif node.name == "linear":
-                self.passes.linear_forward(x, w, b, y, z, node.act, dual=dual, **self.precision)
-            elif node.name in ("batch_norm", "layer_norm"):
+                joined = i + 1 < len(nodes) and nodes[i + 1].joins
+                norm = self._norm(frame, buffers, params, i + 1) if joined else None
+                self.passes.linear_forward(x, w, b, y, z, node.act, norm, dual=dual, **self.precision)
+            elif node.name in _NORMS:
                 run = getattr(self.passes, f"{node.name}_forward")
                 run(x, w, b, y, z, frame.statistics[i], node.act, eps=node.attr, dual=dual)
             elif node.name in ("add", "flatten"):
-                other = frame.buffers[node.inputs[1]] if node.name == "add" else None
+                other = buffers[node.inputs[1]] if node.name == "add" else None
                 self.passes.add_forward(x, other, y, dual=dual)
             else:
                 self.passes.elementwise_forward(x, y, node.act, dual=dual)
 
     def loss(self, frame: Frame, value: Tensor | None, *, dual: bool = False) -> None:
         """The loss [T] and the gradient of the output, or its tangent."""
-        z, (_, target, weight) = frame.buffers[self.plan.output], frame.examples
+        z, (_, target, weight) = frame.of(dual)[self.plan.output], frame.examples
         if isinstance(self.loss_of, CrossEntropy):
             smoothing = self.loss_of.label_smoothing
             self.passes.cross_entropy(z, target, weight, value, smoothing=smoothing, dual=dual)
@@ -213,12 +227,13 @@ class Sweep:
         only_params: bool = False,
     ) -> None:
         """only_params: the gradients of the buffers are there from an earlier sweep"""
+        buffers = frame.of(dual)
         for i, node in reversed(list(enumerate(self.plan.nodes))):
             if not node.moves and (only_params or not x_grad):
                 continue
             wants = [not only_params and (moves or x_grad) for moves in node.moves_in]
             add = [not first for first in node.first_in]
-            x, y, z = frame.buffers[node.inputs[0]], frame.buffers[node.out], self._z(frame, node)
+            x, y, z = self._layer(buffers, node)
             w = self._get(params, node.w)
             to_w, to_b = updates.of(node.w, node.first_w), updates.of(node.b, node.first_b)
             if node.name == "linear":
@@ -231,7 +246,7 @@ class Sweep:
                     self.passes.linear_backward_input(x, w, y, z, node.act, add=add[0], **how)
                 if to_w or to_b:
                     self.passes.linear_backward_weight(x, y, z, to_w, to_b, node.act, **how)
-            elif node.name in ("batch_norm", "layer_norm"):
+            elif node.name in _NORMS:
                 if wants[0] or to_w or to_b:
                     run = getattr(self.passes, f"{node.name}_backward")
                     how = {"wants_x": wants[0], "add": add[0], "dual": dual}
@@ -239,13 +254,20 @@ class Sweep:
             elif node.name in ("add", "flatten"):
                 for b, wanted, more in zip(node.inputs, wants, add, strict=True):
                     if wanted:
-                        self.passes.add_backward(frame.buffers[b], y, add=more, dual=dual)
+                        self.passes.add_backward(buffers[b], y, add=more, dual=dual)
             elif wants[0]:
                 self.passes.elementwise_backward(x, y, node.act, add=add[0], dual=dual)
 
+    def _norm(self, frame: Frame, buffers: list[Any], params: Mapping[int, Any], i: int) -> Any:
+        node = self.plan.nodes[i]
+        _, y, z = self._layer(buffers, node)
+        w, b, axis = self._get(params, node.w), self._get(params, node.b), _NORMS.index(node.name)
+        return self.passes.types.Norm(w, b, y, z, frame.statistics[i], node.act, node.attr, axis)
+
     @staticmethod
-    def _z(frame: Frame, node: Node) -> Any:
-        return None if node.z is None else frame.buffers[node.z]
+    def _layer(buffers: list[Any], node: Node) -> tuple[Any, Any, Any]:
+        """x, y, z"""
+        return buffers[node.inputs[0]], buffers[node.out], None if node.z is None else buffers[node.z]
 
     @staticmethod
     def _get(params: Mapping[int, Any], place: int | None) -> Any:
