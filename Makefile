@@ -75,7 +75,8 @@ gpu: setup
 	@if command -v compute-sanitizer >/dev/null; then \
 	  for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(V)/bin/python -m pytest \
-	      tests/test_kernels.py tests/test_cuda_values.py -k "one_of_each or (test_op and N5)" || exit 1; \
+	      tests/test_kernels.py tests/test_kernels_mlp.py tests/test_cuda_values.py \
+	      -k "one_of_each or one_norm or whole_loop or (test_op and N5)" || exit 1; \
 	  done; \
 	else echo "no compute-sanitizer on PATH: the memory checker was not run"; fi
 	$(V)/bin/python -m bench.gpu $(ARGS)

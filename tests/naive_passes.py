@@ -256,6 +256,64 @@ def cross_entropy(z, target, weight, loss, *, smoothing, dual) -> None:
     z.grad.copy_(s * (p - q))
 
 
+def mlp(
+    support,
+    query,
+    w,
+    lr,
+    scale,
+    kept,
+    v,
+    loss,
+    widths,
+    places,
+    act,
+    *,
+    classes,
+    smoothing,
+    steps,
+    first_order,
+) -> None:
+    """By autograd, one task after another"""
+    I, H, G, O = widths
+    shapes = (H, I), (H,), (G, H), (G,), (O, G), (O,)
+    parts = list(zip(shapes, places, strict=True))
+
+    def split(flat: Tensor) -> list[Tensor]:
+        return [flat[at : at + math.prod(shape)].view(shape) for shape, at in parts]
+
+    def loss_of(p: list[Tensor], x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
+        h = activate(x @ p[0].mT + p[1], act)
+        z = activate(h @ p[2].mT + p[3], act) @ p[4].mT + p[5]
+        if classes:
+            each = F.cross_entropy(z, y, reduction="none", label_smoothing=smoothing)
+        else:
+            each = (z - y).square().mean(1)
+        return each.mean() if weight is None else (each * weight).sum() / weight.sum()
+
+    def examples(of: tuple[Tensor | None, ...], t: int) -> list[Any]:
+        return [None if a is None else a[t] for a in of]
+
+    for t in range(len(loss)):
+        first = [p.clone().requires_grad_() for p in split(w[t % len(w)])]
+        params = first
+        for k in range(steps):
+            if v is not None and not first_order:
+                for to, p in zip(split(kept[k, t]), params, strict=True):
+                    to.copy_(p.detach())
+            grads = torch.autograd.grad(
+                loss_of(params, *examples(support, t)), params, create_graph=not first_order
+            )
+            rates = lr[k].expand(6)
+            params = [p - a * g for p, a, g in zip(params, rates, grads, strict=True)]
+        result = loss_of(params, *examples(query, t))
+        loss[t] = result.detach()
+        if v is not None:
+            grads = torch.autograd.grad(result, params if first_order else first)
+            for to, g in zip(split(v[t]), grads, strict=True):
+                to.copy_(scale * g)
+
+
 def backend(precision: str = "ieee") -> Any:
     def run(request: Request) -> Result:
         engine = Engine(sys.modules[__name__], request, precision)

@@ -285,12 +285,23 @@ def test_norm_behind_linear(axis: int, sizes: tuple[int, ...], dual: bool) -> No
         check_normed(axis, sizes, dual, act, number)
 
 
+# small enough for an executor of the compiler's own representation, which sees races too
+small_ones = pytest.mark.parametrize("sizes", [(2, 17, 40, 7), (2, 33, 17, 33)], ids=["rows", "blocks"])
+
+
 @plain_and_dual
 @both_ways
+@small_ones
 @pytest.mark.parametrize("op", OPS)
-def test_one_of_each(op: str, way: str, dual: bool) -> None:
-    """Small enough for an executor of the compiler's own representation, which sees races too."""
-    check_layer(op, way, (2, 17, 40, 7), dual, types.Activation("tanh"), 2)
+def test_one_of_each(op: str, sizes: tuple[int, ...], way: str, dual: bool) -> None:
+    check_layer(op, way, sizes, dual, types.Activation("tanh"), 2)
+
+
+@plain_and_dual
+@small_ones
+@pytest.mark.parametrize("axis", [0, 1], ids=["batch_norm", "layer_norm"])
+def test_one_norm_behind_linear(axis: int, sizes: tuple[int, ...], dual: bool) -> None:
+    check_normed(axis, sizes, dual, types.Activation("tanh"), 1)
 
 
 @dataclass

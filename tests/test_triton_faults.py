@@ -136,20 +136,20 @@ def test_a_planted_fault_is_caught(number: int, tmp_path: Path, monkeypatch: pyt
         test()
 
 
-def semantics(kernels: Path, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """test_one_of_each, in a tree of its own with those kernels, executed on the compiler's representation"""
+def semantics(kernels: Path, tmp_path: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    """Those of test_kernels*.py, in a tree of its own with those kernels, on the compiler's representation"""
     package = Path(importlib.import_module("fastmaml").__file__ or "").parent
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(package, tmp_path / "fastmaml", ignore=ignore)
     shutil.rmtree(tmp_path / "fastmaml" / "kernels", ignore_errors=True)
     shutil.copytree(kernels, tmp_path / "fastmaml" / "kernels", ignore=ignore)
-    for name in ("test_kernels.py", "naive_passes.py"):
+    for name in ("test_kernels.py", "test_kernels_mlp.py", "naive_passes.py"):
         shutil.copy(TESTS / name, tmp_path / name)
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, "test_kernels.py", "-k", "one_of_each or precision or (losses and sizes1)"],
+        [*command, "test_kernels.py", "test_kernels_mlp.py", "-k", tests],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
@@ -158,17 +158,28 @@ needs_ttsem = pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reas
 
 
 @needs_ttsem
-def test_the_compilers_representation_is_sound(tmp_path: Path) -> None:
-    done = semantics(KERNELS, tmp_path)
+def test_the_compilers_representation_is_sound(tmp_path: Path, every: int) -> None:
+    layers, loops = ("", "") if every == 1 else ("and blocks", "and mse-0")
+    tests = f"(one_of_each {layers}) or (one_norm {layers}) or precision or (losses and sizes1)"
+    done = semantics(KERNELS, tmp_path, f"{tests} or (whole_loop {loops})")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
 
+# file, text, what takes its place, the test that sees it, and what is said of it there
+SEEN_BY_TTSEM = [
+    # programs of a task that add to the same part of a gradient
+    ("linear.py", "    i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)\n    rows =", "    i = tl.arange(0, BLOCK_I)\n    rows =", "one_of_each and linear and rows", "write-write"),
+    # tasks that keep their weights in one place; a store that goes past a row
+    ("mlp.py", "kept_ptr += t * P", "kept_ptr += t * 0", "whole_loop and mse-0", "write-write"),
+    ("mlp.py", "value, mask=(i < I)[:, None] & (o < O)[None, :]", "value, mask=(o < O)[None, :]", "whole_loop and mse-0", "two lanes of one store"),
+]  # fmt: skip
+
+
 @needs_ttsem
-def test_a_race_between_programs_is_caught_there(tmp_path: Path) -> None:
-    """Programs of a task that add to the same part of a gradient."""
-    text = "    i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)\n    rows ="
-    fault = "linear.py", text, "    i = tl.arange(0, BLOCK_I)\n    rows ="
-    done = semantics(planted(fault, KERNELS, tmp_path / "kernels"), tmp_path / "tree")
+@pytest.mark.parametrize("number", range(len(SEEN_BY_TTSEM)))
+def test_a_race_or_a_stray_store_is_caught_there(number: int, tmp_path: Path) -> None:
+    file, text, becomes, tests, said = SEEN_BY_TTSEM[number]
+    done = semantics(planted((file, text, becomes), KERNELS, tmp_path / "kernels"), tmp_path / "tree", tests)
     assert done.returncode != 0
-    assert "write-write" in done.stdout
+    assert said in done.stdout
