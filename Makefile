@@ -82,7 +82,8 @@ gpu: setup
 	$(V)/bin/python -m bench.gpu $(ARGS)
 
 gpu-static: setup
-	$(V)/bin/python -m bench.gpu_static --out bench/results/gpu_static.md
+	$(PIP) --quiet "cuxray==0.6.0"
+	$(V)/bin/python -m bench.gpu_static --conflicts --out bench/results/gpu_static.md
 	$(V)/bin/python -m bench.cuda_static --out bench/results/cuda_static.md
 	$(V)/bin/python -m bench.gpu_counts --out bench/results/gpu_counts.md
 

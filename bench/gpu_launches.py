@@ -116,10 +116,13 @@ def noted(arch: int | None = None) -> Iterator[Launches]:
 def meta_step(
     case: Case, precision: str = "ieee", arch: int | None = None, *, fused: bool = True
 ) -> Launches:
-    """The launches of a second-order meta-gradient by the parameters, float32; fused: may it be one kernel
-    where the network is small?"""
-    model = case.model()
-    support, query = case.data()
+    """The launches of a second-order meta-gradient by the parameters. precision: "float64", or that of the
+    products in float32; fused: may it be one kernel where the network is small?"""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    if dtype is torch.float64:
+        precision, fused = "ieee", False
+    model = case.model(dtype)
+    support, query = case.data(dtype)
     problem = problem_for(model, support[0].shape[2:], resolve(case.loss))
     noted_here: list[Launches] = []
 
@@ -135,7 +138,7 @@ def meta_step(
     Functions(run).meta_loss(
         problem,
         [p.detach() for p in model.parameters()],
-        torch.full((case.steps, 1), case.lr),
+        torch.full((case.steps, 1), case.lr, dtype=dtype),
         (support[0], (support[1], None)),
         (query[0], (query[1], None)),
         steps=case.steps,

@@ -1,33 +1,46 @@
 """What can be said of the GPU kernels without a GPU: `python -m bench.gpu_static`.
 
 Compiles every Triton specialisation that the named networks use for each architecture, and reads from the
-result the registers, spills, shared memory, the blocks that a multiprocessor holds and
-what limits them, and the tensor-core instructions. Fails if any kernel spills. Nothing here was run on a GPU.
+result, and from the CUDA kernels of the extension, the registers, spills, shared memory, the blocks that a
+multiprocessor holds and what limits them, the tensor-core instructions and, if asked, the bank conflicts of
+shared memory. Fails if a kernel spills, or has no tensor-core instructions where its products should. Nothing
+here was run on a GPU.
 """
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
-from .cases import select
+from fastmaml.backends import cpu, cuda, problem_for
+from fastmaml.losses import resolve
+
+from . import gpu_conflicts
+from .cases import Case, select
+from .gpu_conflicts import TOOLS, Conflicts
 from .gpu_launches import meta_step
 
 MODELS = ("sine/small", "sine/5-steps", "mlp/policy", "omniglot-mlp/5-steps")
 ARCHITECTURES = (80, 90, 100, 120)
-PRECISIONS = ("ieee", "tf32", "bf16")
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+PRECISIONS = ("ieee", "tf32", "bf16", "float64")
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability":
 # shared memory [KiB] and threads of a multiprocessor, its blocks at most; all have 65536 registers
 LIMITS = {80: (164, 2048, 32), 90: (228, 2048, 32), 100: (228, 2048, 32), 120: (100, 1536, 24)}
+
+# where the products must use them: 120 has none for float64, and there the kernels spill
+TENSOR_CORES = {(a, p) for a in ARCHITECTURES for p in PRECISIONS} - {(a, "ieee") for a in ARCHITECTURES}
+TENSOR_CORES -= {(120, "float64")}
+SPILLS = {(120, "float64"): 40}  # bytes of a thread, known
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class Kernel:
     shared: int  # bytes of a block
     threads: int
     tensor_cores: int  # instructions
+    conflicts: Conflicts | str = "not asked"
 
     def blocks(self, arch: int) -> tuple[int, str]:
         """Blocks on one multiprocessor, and what keeps them from being more."""
@@ -55,26 +69,33 @@ class Kernel:
         return room[limit], limit
 
 
-def _tool(name: str, *args: object) -> str:
-    done = subprocess.run([str(TOOLS / name), *map(str, args)], capture_output=True, text=True, check=True)
+def _tool(name: str, *args: object, cwd: str | None = None) -> str:
+    command = [str(TOOLS / name), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
-def read(compiled: Any) -> Kernel:
+def read(compiled: Any, conflicts: bool = False) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("cuobjdump", "-sass", file.name)
     found = {key: int(n) for key, n in re.findall(r"(REG|STACK):(\d+)", usage)}
+    threads = 32 * compiled.metadata.num_warps
     return Kernel(
         compiled.metadata.name,
         found["REG"],
         spilled(compiled) if found["STACK"] else 0,
         compiled.metadata.shared,
-        32 * compiled.metadata.num_warps,
-        len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)\b", code)),
+        threads,
+        tensor_instructions(code),
+        gpu_conflicts.of_ptx(compiled.asm["ptx"], threads) if conflicts else "not asked",
     )
+
+
+def tensor_instructions(code: str) -> int:
+    return len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|DMMA)\b", code))
 
 
 def spilled(compiled: Any) -> int:
@@ -89,12 +110,56 @@ def spilled(compiled: Any) -> int:
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))
 
 
-def kernels_of(models: Iterable[str], arch: int, precision: str) -> list[Kernel]:
+def kernels_of(models: Iterable[str], arch: int, precision: str, conflicts: bool = False) -> list[Kernel]:
     seen: dict[str, Any] = {}
     for case in select(list(models)):
         for compiled in meta_step(case, precision, arch).compiled.values():
             seen[compiled.hash] = compiled
-    return [read(compiled) for compiled in seen.values()]
+    return [read(compiled, conflicts) for compiled in seen.values()]
+
+
+def cuda_kernels(extension: str, models: Iterable[str], arch: int, conflicts: bool = False) -> list[Kernel]:
+    """Those of the extension, with the shared memory that the largest of the networks takes."""
+    dumped = _tool("cuobjdump", "-res-usage", "-arch", f"sm_{arch}", extension)
+    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", dumped)
+    code = _tool("cuobjdump", "-sass", "-arch", f"sm_{arch}", extension)
+    parts = re.split(r"Function : (\w+)", code)[1:]
+    listing = dict(zip(parts[::2], parts[1::2], strict=True))
+    names = subprocess.run(["c++filt", *(n for n, _, _ in used)], capture_output=True, text=True, check=True)
+    found: dict[str, Conflicts] = {}
+    unknown = "unknown" if conflicts else "not asked"
+    if conflicts:
+        with tempfile.TemporaryDirectory() as folder:
+            _tool("cuobjdump", "-xelf", f"sm_{arch}", extension, cwd=folder)
+            for cubin in Path(folder).iterdir():
+                found |= gpu_conflicts.of_cubin(cubin, 128)
+    kernels = []
+    for (mangled, registers, stack), name in zip(used, names.stdout.splitlines(), strict=True):
+        short = name.split("(")[0].rsplit("::", 1)[-1]
+        loop, itemsize = short.startswith("inner_loop"), 8 if "<double" in name else 4
+        shared = max(shared_bytes(case, itemsize, arch) for case in select(list(models))) if loop else 0
+        made = Kernel(
+            short, int(registers), int(stack), shared, 256, tensor_instructions(listing[mangled]),
+            found.get(mangled, unknown),
+        )  # fmt: skip
+        kernels += [
+            replace(made, name=f"{short}, {threads} threads", threads=threads)
+            for threads in ((128, 256) if loop else (256,))
+        ]
+    return kernels
+
+
+def shared_bytes(case: Case, itemsize: int, arch: int) -> int:
+    """Of a block, 0 where the network does not fit in it"""
+    problem = problem_for(case.model(), (case.widths[0],), resolve(case.loss))
+    assert cpu.encode(problem, torch.float32) is None
+    need = cuda.needed_bytes(problem, itemsize, cuda.Sizes(case.support, case.query))
+    return need if need <= (LIMITS[arch][0] - 1) << 10 else 0
+
+
+def worst(found: list[Conflicts | str]) -> str:
+    known = [c for c in found if isinstance(c, Conflicts)]
+    return str(max(known, key=lambda c: (c.ways, c.conflicted))) if known else str(found[0])
 
 
 def table(arch: int, precision: str, found: list[Kernel]) -> list[list[str]]:
@@ -109,6 +174,7 @@ def table(arch: int, precision: str, found: list[Kernel]) -> list[list[str]]:
                 f"sm_{arch}", precision, name, str(len(some)), str(max(k.registers for k in some)),
                 str(max(k.spills for k in some)), f"{max(k.shared for k in some) / 1024:.1f}",
                 f"{blocks} ({limit})", f"{min(tensor)}-{max(tensor)}" if any(tensor) else "none",
+                worst([k.conflicts for k in some]),
             ]
         )  # fmt: skip
     return rows
@@ -116,8 +182,15 @@ def table(arch: int, precision: str, found: list[Kernel]) -> list[list[str]]:
 
 HEADER = [
     "arch", "precision", "kernel", "specialisations", "registers", "spilled bytes", "shared KiB",
-    "blocks on an SM (limit)", "tensor-core instructions",
+    "blocks on an SM (limit)", "tensor-core instructions", "bank conflicts",
 ]  # fmt: skip
+
+
+NOTE = """\
+A row holds the worst of a kernel's specialisations. Rows without a precision are kernels of the `cuda`
+backend, with the shared memory that the largest of the networks takes. Bank conflicts are those that `cuxray`
+finds in the code: the worst, and how many of the memory accesses that it could follow have any. None of these
+kernels was run on a GPU."""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -141,24 +214,36 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--out", type=Path, help="where to write the table")
+    parser.add_argument("--conflicts", action="store_true", help="ask cuxray for bank conflicts")
+    parser.add_argument("--no-cuda", action="store_true", help="without the kernels of the extension")
     args = parser.parse_args()
+    if args.conflicts and (absent := gpu_conflicts.missing()):
+        parser.error(f"--conflicts needs {absent}")
     rows, faults = [], []
     for precision in args.precision:
         for arch in args.arch:
-            found = kernels_of(models_of(args, precision), arch, precision)
+            found = kernels_of(models_of(args, precision), arch, precision, args.conflicts)
             rows += table(arch, precision, found)
-            faults += [f"sm_{arch} {precision}: {k.name} spills {k.spills} bytes" for k in found if k.spills]
+            known = SPILLS.get((arch, precision), 0)
+            faults += [
+                f"sm_{arch} {precision}: {k.name} spills {k.spills} bytes" for k in found if k.spills > known
+            ]
             products = [k for k in found if k.name.startswith("linear")]
-            if precision != "ieee" and not all(k.tensor_cores for k in products):
+            if (arch, precision) in TENSOR_CORES and not all(k.tensor_cores for k in products):
                 faults.append(f"sm_{arch} {precision}: a product without tensor cores")
             print(f"sm_{arch} {precision}: {len(found)} specialisations", file=sys.stderr)
+    spec = None if args.no_cuda else importlib.util.find_spec("fastmaml._C")
+    for arch in args.arch if spec else ():
+        found = cuda_kernels(str(spec and spec.origin), args.models, arch, args.conflicts)
+        rows += table(arch, "-", found)
+        faults += [f"sm_{arch}: {k.name} has {k.spills} bytes on its stack" for k in found if k.spills]
     text = "\n".join(
         [
-            "# The Triton kernels as compiled",
+            "# The GPU kernels as compiled",
             "",
             f"By `python -m bench.gpu_static`, triton {triton.__version__}:",
             "; ".join(f"{p} for {', '.join(models_of(args, p))}" for p in args.precision) + ".",
-            "A row holds the worst of a kernel's specialisations. None of these was run on a GPU.",
+            NOTE,
             "",
             markdown(HEADER, rows),
             "",
