@@ -1,7 +1,8 @@
 """Accesses to shared memory that meet in a bank, as `cuxray` finds them in a cubin, without a GPU.
 
-It takes what ptxas of CUDA 13 makes: Triton's PTX is assembled anew with that. Of kernels whose conflicts are
-known from their source it says what they are (tests/test_gpu_conflicts.py); no hardware counter was compared.
+It takes what ptxas of CUDA 13 makes: for sm_80 and sm_90 Triton's PTX is assembled anew with that. Of kernels
+whose conflicts are known from their source it says what they are (tests/test_gpu_conflicts.py); no hardware
+counter was compared.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -46,15 +48,20 @@ def missing() -> str | None:
     return None if assembler() else "nvcc"
 
 
-def of_ptx(ptx: str, threads: int) -> Conflicts | str:
-    arch = re.search(r"\.target (sm_\w+)", ptx)
+def of_compiled(asm: dict[str, Any], threads: int) -> Conflicts | str:
+    """Of what Triton has compiled: the cubin itself for sm_100 and later, whose assembler is new enough."""
+    arch = re.search(r"\.target (sm_\w+)", asm["ptx"])
     ptxas = assembler()
     assert arch is not None
     assert ptxas is not None
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        subprocess.run([ptxas, f"--gpu-name={arch[1]}", source, "-o", cubin], check=True, capture_output=True)
+        if arch[1] in ("sm_80", "sm_90a"):
+            source.write_text(asm["ptx"])
+            command = [ptxas, f"--gpu-name={arch[1]}", source, "-o", cubin]
+            subprocess.run(command, check=True, capture_output=True)
+        else:
+            cubin.write_bytes(asm["cubin"])
         found = of_cubin(cubin, threads)
     return next(iter(found.values()), "unknown")
 

@@ -90,7 +90,7 @@ def read(compiled: Any, conflicts: bool = False) -> Kernel:
         compiled.metadata.shared,
         threads,
         tensor_instructions(code),
-        gpu_conflicts.of_ptx(compiled.asm["ptx"], threads) if conflicts else "not asked",
+        gpu_conflicts.of_compiled(compiled.asm, threads) if conflicts else "not asked",
     )
 
 
