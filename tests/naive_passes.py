@@ -314,9 +314,9 @@ def mlp(
                 to.copy_(scale * g)
 
 
-def backend(precision: str = "ieee") -> Any:
+def backend(precision: str = "ieee", passes: Any = None) -> Any:
     def run(request: Request) -> Result:
-        engine = Engine(sys.modules[__name__], request, precision)
+        engine = Engine(passes or sys.modules[__name__], request, precision)
         for _ in range(2):  # the second time its buffers are used ones
             engine.load(request)
             engine.run()
