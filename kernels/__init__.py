@@ -13,8 +13,10 @@ from .linear import linear_backward_input, linear_backward_weight, linear_forwar
 from .mlp import MOST as MLP_MOST
 from .mlp import mlp
 from .mse import mse
+from .tiles import GROUP_MOST
 
 __all__ = [
+    "GROUP_MOST",
     "MLP_MOST",
     "add_backward",
     "add_forward",

@@ -110,10 +110,13 @@ def number_or_elements(lr: Tensor | None) -> str:
     return "none" if lr is None else "number" if lr.numel() == 1 else "elements"
 
 
+# of a norm, or of the classes of an output: a program holds it in registers, or spills it
+GROUP_MOST = 16384
+
+
 def check_group(n: int, what: str) -> None:
-    """A program holds a whole group in registers, or spills it: beyond this it would be of no use."""
-    if n > 16384:
-        raise ValueError(f"{what} of {n} numbers is more than the Triton kernels take: 16384")
+    if n > GROUP_MOST:
+        raise ValueError(f"{what} of {n} numbers is more than the Triton kernels take: {GROUP_MOST}")
 
 
 def power_of_two(n: int, least: int, most: int) -> int:

@@ -302,9 +302,30 @@ def test_what_it_does_not_take_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton.supports(problem, torch.device("cuda"), x.dtype) == triton.kernels()
 
 
+@pytest.mark.parametrize(
+    ("norm", "loss", "why"),
+    [
+        (nn.BatchNorm1d, MSE(), "a batch norm over the rows of a task has 6 numbers, it takes 5"),
+        (nn.LayerNorm, MSE(), "a layer norm has 7 numbers, it takes 5"),
+        (nn.Identity, CrossEntropy(), "an output of classes has 7 numbers, it takes 5"),
+    ],
+)
+def test_a_group_too_long_for_a_program_is_refused_before_anything_runs(
+    norm: Any, loss: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("fastmaml.kernels"), "GROUP_MOST", 5)
+    outputs = 7 if norm is not nn.BatchNorm1d else 3
+    model = nn.Sequential(nn.Linear(2, outputs), norm(outputs), nn.Linear(outputs, outputs)).double()
+    case = on_device(case_of(model, loss, 2, 4, 6, 1))
+    with pytest.raises(RuntimeError, match=f"backend 'triton' cannot run this: {why}"):
+        meta_loss(functional, case, backend="triton")
+    problem = problem_for(model, (2,), loss)
+    assert triton.misfit(problem, (4, 5)) == (None if norm is nn.BatchNorm1d else why)
+
+
 def test_naive_passes_are_the_same_namespace() -> None:
     kernels = importlib.import_module("fastmaml.kernels")
-    assert set(kernels.__all__) - {"MLP_MOST"} <= set(dir(naive_passes))
+    assert set(kernels.__all__) - {"GROUP_MOST", "MLP_MOST"} <= set(dir(naive_passes))
 
 
 @pytest.fixture

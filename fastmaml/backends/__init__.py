@@ -205,7 +205,11 @@ def why_not(
 ) -> str | None:
     """None, or why the backend of that name cannot run a call of these sizes."""
     why = BACKENDS[name].supports(problem, device, dtype)
-    return cuda.misfit(problem, device, dtype, sizes) if name == "cuda" and why is None else why
+    if why is None and name == "cuda":
+        return cuda.misfit(problem, device, dtype, sizes)
+    if why is None and name == "triton":
+        return triton.misfit(problem, sizes)
+    return why
 
 
 def choose(
@@ -220,7 +224,8 @@ def choose(
     Raises ValueError for an unknown name, RuntimeError with the reasons when the named one, or none, can.
     """
     name = name or os.environ.get("FASTMAML_BACKEND") or None
-    key = (name, device, dtype, sizes) if name == "cuda" or device.type == "cuda" else (name, device, dtype)
+    by_size = name in ("cuda", "triton") or device.type == "cuda"
+    key = (name, device, dtype, sizes) if by_size else (name, device, dtype)
     if key in problem.memo:
         return problem.memo[key]
     if name is not None:

@@ -13,12 +13,14 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
+from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..losses import CrossEntropy
 from . import cpu, precision
 from .engine import Engine
 from .request import Examples, Functions, Request, Result
@@ -62,6 +64,27 @@ def supports(problem: "Problem", device: torch.device, dtype: torch.dtype) -> st
     if isinstance(why := kernels(), str):
         return why
     return cpu.why_no_kernels(problem, dtype)
+
+
+def misfit(problem: "Problem", sizes: tuple[int, int] | None) -> str | None:
+    """Why a problem that it `supports` has a norm or an output that no program holds, None if it has none.
+
+    sizes: support and query examples, None where they are not known
+    """
+    passes, program = kernels(), problem.program
+    assert isinstance(passes, ModuleType)
+    assert program is not None
+    groups = []
+    for op in program.ops:
+        *rows, columns = program.buffers[op.inputs[0]] or (1,)
+        if op.name == "batch_norm":
+            groups.append(("a batch norm over the rows of a task", prod(rows) * max(sizes or (0,))))
+        elif op.name == "layer_norm":
+            groups.append(("a layer norm", columns))
+    if isinstance(problem.loss, CrossEntropy):
+        groups.append(("an output of classes", program.buffers[program.output][-1]))
+    most = passes.GROUP_MOST
+    return next((f"{what} has {n} numbers, it takes {most}" for what, n in groups if n > most), None)
 
 
 def engine_of(passes: ModuleType, request: Request, rounding: str = "ieee") -> Engine:
