@@ -1,31 +1,25 @@
-"""What can be said of the GPU kernels without a GPU: `python -m bench.gpu_static`.
+"""What can be said of the Triton kernels without a GPU: `python -m bench.gpu_static`.
 
-Compiles every Triton specialisation that the named networks use for each architecture, and reads from the
-result, and from the CUDA kernels of the extension, the registers, spills, shared memory, the blocks that a
-multiprocessor holds and what limits them, the tensor-core instructions and, if asked, the bank conflicts of
-shared memory. Fails if a kernel spills, or has no tensor-core instructions where its products should. Nothing
-here was run on a GPU.
+Compiles every specialisation that the named networks use for each architecture, and reads from the result the
+registers, spills, shared memory, the blocks that a multiprocessor holds and what limits them, the tensor-core
+instructions and, if asked, the bank conflicts of shared memory. Fails if a kernel spills, or has no
+tensor-core instructions where its products should. Nothing here was run on a GPU.
 """
 
 import argparse
-import importlib.util
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
-from fastmaml.backends import cpu, cuda, problem_for
-from fastmaml.losses import resolve
-
 from . import gpu_conflicts
-from .cases import Case, select
+from .cases import select
 from .gpu_conflicts import TOOLS, Conflicts
 from .gpu_launches import meta_step
 
@@ -69,9 +63,9 @@ class Kernel:
         return room[limit], limit
 
 
-def _tool(name: str, *args: object, cwd: str | None = None) -> str:
+def _tool(name: str, *args: object) -> str:
     command = [str(TOOLS / name), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
@@ -118,45 +112,6 @@ def kernels_of(models: Iterable[str], arch: int, precision: str, conflicts: bool
     return [read(compiled, conflicts) for compiled in seen.values()]
 
 
-def cuda_kernels(extension: str, models: Iterable[str], arch: int, conflicts: bool = False) -> list[Kernel]:
-    """Those of the extension, with the shared memory that the largest of the networks takes."""
-    dumped = _tool("cuobjdump", "-res-usage", "-arch", f"sm_{arch}", extension)
-    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", dumped)
-    code = _tool("cuobjdump", "-sass", "-arch", f"sm_{arch}", extension)
-    parts = re.split(r"Function : (\w+)", code)[1:]
-    listing = dict(zip(parts[::2], parts[1::2], strict=True))
-    names = subprocess.run(["c++filt", *(n for n, _, _ in used)], capture_output=True, text=True, check=True)
-    found: dict[str, Conflicts] = {}
-    unknown = "unknown" if conflicts else "not asked"
-    if conflicts:
-        with tempfile.TemporaryDirectory() as folder:
-            _tool("cuobjdump", "-xelf", f"sm_{arch}", extension, cwd=folder)
-            for cubin in Path(folder).iterdir():
-                found |= gpu_conflicts.of_cubin(cubin, 128)
-    kernels = []
-    for (mangled, registers, stack), name in zip(used, names.stdout.splitlines(), strict=True):
-        short = name.split("(")[0].rsplit("::", 1)[-1]
-        loop, itemsize = short.startswith("inner_loop"), 8 if "<double" in name else 4
-        shared = max(shared_bytes(case, itemsize, arch) for case in select(list(models))) if loop else 0
-        made = Kernel(
-            short, int(registers), int(stack), shared, 256, tensor_instructions(listing[mangled]),
-            found.get(mangled, unknown),
-        )  # fmt: skip
-        kernels += [
-            replace(made, name=f"{short}, {threads} threads", threads=threads)
-            for threads in ((128, 256) if loop else (256,))
-        ]
-    return kernels
-
-
-def shared_bytes(case: Case, itemsize: int, arch: int) -> int:
-    """Of a block, 0 where the network does not fit in it"""
-    problem = problem_for(case.model(), (case.widths[0],), resolve(case.loss))
-    assert cpu.encode(problem, torch.float32) is None
-    need = cuda.needed_bytes(problem, itemsize, cuda.Sizes(case.support, case.query))
-    return need if need <= (LIMITS[arch][0] - 1) << 10 else 0
-
-
 def worst(found: list[Conflicts | str]) -> str:
     known = [c for c in found if isinstance(c, Conflicts)]
     return str(max(known, key=lambda c: (c.ways, c.conflicted))) if known else str(found[0])
@@ -187,10 +142,9 @@ HEADER = [
 
 
 NOTE = """\
-A row holds the worst of a kernel's specialisations. Rows without a precision are kernels of the `cuda`
-backend, with the shared memory that the largest of the networks takes. Bank conflicts are those that `cuxray`
-finds in the code: the worst, and how many of the memory accesses that it could follow have any. None of these
-kernels was run on a GPU."""
+A row holds the worst of a kernel's specialisations. Bank conflicts are those that `cuxray` finds in the code:
+the worst, and how many of the memory accesses that it could follow have any. None of these kernels was run on
+a GPU."""
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -215,7 +169,6 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--out", type=Path, help="where to write the table")
     parser.add_argument("--conflicts", action="store_true", help="ask cuxray for bank conflicts")
-    parser.add_argument("--no-cuda", action="store_true", help="without the kernels of the extension")
     args = parser.parse_args()
     if args.conflicts and (absent := gpu_conflicts.missing()):
         print(f"no {absent}: bank conflicts are not asked for", file=sys.stderr)
@@ -233,14 +186,9 @@ def main() -> None:
             if (arch, precision) in TENSOR_CORES and not all(k.tensor_cores for k in products):
                 faults.append(f"sm_{arch} {precision}: a product without tensor cores")
             print(f"sm_{arch} {precision}: {len(found)} specialisations", file=sys.stderr)
-    spec = None if args.no_cuda else importlib.util.find_spec("fastmaml._C")
-    for arch in args.arch if spec else ():
-        found = cuda_kernels(str(spec and spec.origin), args.models, arch, args.conflicts)
-        rows += table(arch, "-", found)
-        faults += [f"sm_{arch}: {k.name} has {k.spills} bytes on its stack" for k in found if k.spills]
     text = "\n".join(
         [
-            "# The GPU kernels as compiled",
+            "# The Triton kernels as compiled",
             "",
             f"By `python -m bench.gpu_static`, triton {triton.__version__}:",
             "; ".join(f"{p} for {', '.join(models_of(args, p))}" for p in args.precision) + ".",

@@ -20,7 +20,7 @@ def test_a_network_compiles_without_spills(arch: str, precision: str, tmp_path: 
         pytest.skip("with --all")
     out = tmp_path / "table.md"
     models = ["sine/small", "mlp/policy"]
-    command = [sys.executable, "-m", "bench.gpu_static", "--models", *models, "--no-cuda", "--out", out]
+    command = [sys.executable, "-m", "bench.gpu_static", "--models", *models, "--out", out]
     done = subprocess.run(
         [*command, "--arch", arch, "--precision", precision],
         env={n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"},
