@@ -189,6 +189,7 @@ def test_a_batch_depends_on_seed_and_index_alone(train: Omniglot) -> None:
     assert same(fresh.sample(), sampler.sample())
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than there are cores
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_dataloader_workers(train: Omniglot, start: str) -> None:
     sampler = EpisodeSampler(train, tasks=3, batches=6)
