@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import sys
@@ -122,8 +123,9 @@ def training_options(
     add("--backend", help="cpu, torch, ...; default: the first that can run")
     add("--threads", type=positive_int, help="threads of torch and of the cpu backend")
     add("--out", type=Path, help="folder of the run; default runs/<task and seed>")
-    add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
-    add("--overwrite", action="store_true", help="start again although --out holds a run")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+    group.add_argument("--overwrite", action="store_true", help="start again although --out holds a run")
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -141,11 +143,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         getattr(commands, args.command)(args)
+        sys.stdout.flush()
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # what is left is flushed as Python exits, and must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (commands.UsageError, FloatingPointError) as error:
         print(f"fastmaml: error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """What the sub-commands do: each takes the parsed arguments of cli.py."""
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def usage_errors() -> Iterator[None]:
     """The checks of the library, met before any work, are answers to the user."""
     try:
         yield
+    except BrokenPipeError:  # whoever reads the output, `head` for one, has seen enough
+        raise
     except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 
@@ -48,11 +51,11 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     out = args.out or Path("runs") / default_name(args)
     checkpoint = out / "checkpoint.pt"
-    if args.resume and not checkpoint.exists():
-        raise UsageError(f"nothing to resume: {checkpoint} does not exist")
-    if checkpoint.exists() and not (args.resume or args.overwrite):
-        raise UsageError(f"{out} holds a run: --resume continues it, --overwrite starts again")
     with usage_errors():
+        if args.resume and not checkpoint.exists():
+            raise UsageError(f"nothing to resume: {checkpoint} does not exist")
+        if checkpoint.exists() and not (args.resume or args.overwrite):
+            raise UsageError(f"{out} holds a run: --resume continues it, --overwrite starts again")
         setup = {"sine": sine, "omniglot": omniglot}[args.task](args)
         training = Training(
             setup.maml,
@@ -65,6 +68,8 @@ def train(args: argparse.Namespace) -> None:
         if args.resume:
             training.load(checkpoint)
         setup.maml(*setup.train[0])  # a backend that cannot run says so here
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # and so does a folder that takes no files
     every = {name: getattr(args, name) for name in ("checkpoint_every", "log_every", "evaluate_every")}
     run(setup, training, out, command=args.typed, every=every, quiet=args.quiet)
 

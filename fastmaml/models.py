@@ -54,7 +54,7 @@ def load(name: str) -> tuple[nn.Module, tuple[int, ...] | None, str | None]:
         sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise ValueError(f"cannot import {name!r}: {error}") from error
     try:
         model = factory if isinstance(factory, nn.Module) else factory()

@@ -146,6 +146,7 @@ def test_train_omniglot_on_made_up_characters(tmp_path, monkeypatch, capsys):
         ("train omniglot", "--data"),
         ("train cats", "invalid choice: 'cats'"),
         ("explain sine --shape 1,x", "--shape"),
+        ("train sine --resume --overwrite", "not allowed with argument"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):
@@ -172,6 +173,48 @@ def test_what_cannot_run_is_said_before_any_work(arguments, message, capsys, tmp
     assert main(arguments.format(tmp_path).split()) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (Path("file", "x"), "Not a directory"),
+        (Path("file"), "File exists"),
+        (Path("/proc/x"), "No such file or directory"),
+        (Path("/proc"), ""),  # it exists, and takes no files
+        (Path("x" * 300), "File name too long"),
+    ],
+)
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_that_cannot_be_is_said_before_any_work(out, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastmaml.train.Training.fit", lambda *_, **__: pytest.fail("it began to train"))
+    (tmp_path / "file").write_text("")
+    assert main(["train", "sine", *SMALL, "--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fastmaml: error: ")
+    assert message in said
+
+
+def test_a_factory_with_a_syntax_error(tmp_path, capsys, monkeypatch):
+    (tmp_path / "half_a_net.py").write_text("def make(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["explain", "half_a_net:make", "--shape", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot import 'half_a_net:make'" in said
+    assert "half_a_net.py, line 1" in said
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fastmaml", "explain", "sine"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert process.stderr == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_a_run_is_not_overwritten_unasked(sine_run, capsys):
