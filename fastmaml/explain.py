@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import forms
-from .arguments import check_count
+from .arguments import check_count, understood
 from .backends import BACKENDS, Problem, problem_for, why_not
 from .backends.cuda import Sizes
 from .backends.precision import check_precision, chosen
@@ -55,7 +55,8 @@ def explain(
         raise ValueError(f"x must have shape [T, N, ...], got {got}")
     check_count("queries", queries, 1)
     check_precision(precision)
-    problem = problem_for(model, tuple(x.shape[2:]), None if loss is None else resolve(loss))
+    meant = None if loss is None else resolve(understood(loss, model, x))
+    problem = problem_for(model, tuple(x.shape[2:]), meant)
     rule = update_rule(optimizer)
     lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries, precision, rule)]
     if steps is not None:

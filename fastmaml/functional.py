@@ -2,8 +2,10 @@
 
     params   dict name -> tensor, as from dict(model.named_parameters()); [*shape], or [T, *shape] per task
     x, y     [T, N, ...]: T tasks, N examples each; y may be (target, weight) with a weight [T, N] per example
-    loss     "mse", "cross_entropy", a fastmaml.losses object, or a callable (output, target) -> scalar
-    lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list of `steps`
+    loss     "mse", "cross_entropy", a fastmaml.losses object, or a callable (output, target) -> scalar; those
+             of torch that mean the same run on the same kernels
+    lr       float, 0-d tensor, or dict name -> tensor broadcastable to that parameter; or a list (or
+             nn.ParameterList) of `steps`
     precision  what float32 operands of products may be rounded to on a GPU, by the backends cuda and triton:
              "ieee" (nothing), "tf32" or "bf16"; sums are float32. None: as torch.set_float32_matmul_precision
              says. The cpu backend always computes in float32, the torch backend does as torch's setting says.
@@ -22,12 +24,15 @@ from . import factors
 from .arguments import (
     check_count,
     check_labels,
-    check_shape,
+    check_loss,
+    check_query_x,
     check_x,
+    pair,
     parameters,
     signature,
     step_sizes,
     target,
+    understood,
 )
 from .autograd import (
     Apply,
@@ -75,7 +80,7 @@ def value_and_grad(
     model, params, x, y, *, loss, backend=None, chunk_tasks=None, precision=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Every task's loss [T] and its gradient {name: [T, *shape]}; the derivative of the latter is the HVP."""
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, precision)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, precision, ys=(y,))
     y = target(problem, y, x, "y")
     how = problem, (name, precision), chunk_tasks, _needs(params=ws, x=x)
     value, *grads = ValueAndGrad.apply(how, x, *y, *ws)
@@ -84,7 +89,7 @@ def value_and_grad(
 
 def hvp(model, params, v, x, y, *, loss, backend=None, chunk_tasks=None, precision=None) -> dict[str, Tensor]:
     """The Hessian of every task's loss times v {name: [*shape] or [T, *shape]}: {name: [T, *shape]}."""
-    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, precision)
+    problem, name, x, ws = _enter(model, params, x, loss, backend, chunk_tasks, precision, ys=(y,))
     y = target(problem, y, x, "y")
     vs = parameters(problem, v, x, "v")
     needs = _needs(params=[*ws, *vs], x=x)
@@ -115,7 +120,7 @@ def inner_loop(
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
     problem, name, x, ws = _enter(
-        model, params, x, loss, backend, chunk_tasks, precision, may_be_factored=True, queries=1
+        model, params, x, loss, backend, chunk_tasks, precision, may_be_factored=True, queries=1, ys=(y,)
     )
     y = target(problem, y, x, "y")
     rates, rule = step_sizes(problem, lr, steps, x), update_rule(optimizer)
@@ -191,10 +196,12 @@ def _enter_meta(
     check_precision(precision)
     weights = counted_weights(step_weights, steps)
     loop = steps, first_order, update_rule(optimizer), weights, checkpoint_every
-    (x_s, y_s), (x_q, y_q) = support, query
+    (x_s, y_s), (x_q, y_q) = pair("support", support), pair("query", query)
     seen = None if torch.compiler.is_compiling() else signature(params, x_s, y_s, x_q, y_q)
     if seen:
         check_count("chunk_tasks", chunk_tasks, 1)
+        check_loss(loss)
+        loss = understood(loss, model, x_s, y_s, y_q)
         sizes = Sizes(x_s.shape[1], x_q.shape[1])
         problem, name = prepare(model, tuple(x_s.shape[2:]), loss, x_s.device, x_s.dtype, backend, sizes)
         if problem.memo.get("seen") == seen:
@@ -212,14 +219,18 @@ def _enter_meta(
                     known[key] = factored
             return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
     problem, name, x_s, ws = _enter(
-        model, params, x_s, loss, backend, chunk_tasks, precision, "support x", queries=_examples(x_q)
+        model,
+        params,
+        x_s,
+        loss,
+        backend,
+        chunk_tasks,
+        precision,
+        "support x",
+        queries=_examples(x_q),
+        ys=(y_s, y_q),
     )
-    x_q = check_x("query x", x_q)
-    check_shape("query x", x_q, (x_s.shape[0], x_q.shape[1], *x_s.shape[2:]))
-    if x_q.dtype is not x_s.dtype or x_q.device != x_s.device:
-        raise TypeError(
-            f"query x must be {x_s.dtype} on {x_s.device}, as support x, got {x_q.dtype} on {x_q.device}"
-        )
+    x_q = check_query_x(x_q, x_s)
     _check_norms(problem, x_q)
     data = x_s, *target(problem, y_s, x_s, "support y"), x_q, *target(problem, y_q, x_q, "query y")
     if seen and tuple(params) == problem.names:
@@ -253,11 +264,14 @@ def _enter(
     *,
     may_be_factored: bool = False,
     queries: int = 0,  # query examples, where there are support examples, x
+    ys: Sequence[Any] = (),
 ) -> tuple[Problem, str, Tensor, list[Any]]:
     """Problem, backend, and the checked x and parameters in order."""
     x = check_x(name, x)
     check_count("chunk_tasks", chunk, 1)
     check_precision(precision)
+    check_loss(loss)
+    loss = understood(loss, model, x, *ys)
     sizes = Sizes(x.shape[1], queries) if queries else Sizes(0, x.shape[1])
     known = None if torch.compiler.is_compiling() else sizes
     problem, runs = prepare(model, tuple(x.shape[2:]), loss, x.device, x.dtype, backend, known)

@@ -90,7 +90,7 @@ def _adapt(model, params, data, loss, lr, steps, first_order, optimizer):
         if first_order:
             g = {n: a.detach() for n, a in g.items()}
         m = {n: sgd.momentum * m[n] + g[n] + sgd.weight_decay * p for n, p in w.items()}
-        lr_k = lr[k] if isinstance(lr, (list, tuple)) else lr
+        lr_k = lr[k] if isinstance(lr, (list, tuple, nn.ParameterList)) else lr
         w = {n: p - (lr_k[n] if isinstance(lr_k, dict) else lr_k) * m[n] for n, p in w.items()}
         trajectory.append({n: (w | frozen)[n] for n in params})
     return trajectory
@@ -117,7 +117,10 @@ def _call(model, params, x):
         if isinstance(module, _NormBase) and module.running_mean is not None:
             for name in ("running_mean", "running_var", "num_batches_tracked"):
                 state[f"{prefix}.{name}"[6:]] = None
-    return functional_call(model, state, (x,), tie_weights=False)
+    output = functional_call(model, state, (x,), tie_weights=False)
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model must return one tensor, returned {type(output).__name__}")
+    return output
 
 
 def _tasks(model: nn.Module, params, x: Tensor, y=()):

@@ -1,13 +1,16 @@
 """Bad input gets a clear error before any work, on every backend alike."""
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from modules import Function, L
 from torch import nn
 
 import fastmaml
-from fastmaml import CrossEntropy, functional
+from fastmaml import CrossEntropy, functional, reference
 
 T, N, I, C = 2, 4, 3, 5
 
@@ -126,6 +129,60 @@ def test_targets(given):
     )
 
 
+def test_targets_that_are_no_tensors(given):
+    x, y = given["support"]
+    wanted = r"y must be a tensor or a pair \(target, weight\), got "
+    raises(TypeError, f"support {wanted}NoneType", given, support=(x, None))
+    raises(TypeError, f"query {wanted}ndarray", given, query=(x, y.numpy()))
+    raises(TypeError, f"query {wanted}list of 3", given, query=(x, [*y, y]))
+    raises(TypeError, f"query {wanted}tuple of 1", given, query=(x, (y,)))
+    raises(
+        TypeError,
+        "weight of support y must be a tensor or None, got ndarray",
+        given,
+        support=(x, (y, np.ones((T, N)))),
+    )
+    with pytest.raises(TypeError, match=f"^{wanted}NoneType"):
+        functional.value_and_grad(given["model"], given["params"], x, None, loss="mse")
+
+
+@pytest.mark.parametrize("name", ["support", "query"])
+def test_sets_are_pairs(given, name):
+    x, y = given[name]
+    raises(TypeError, rf"{name} must be a pair \(x, y\), got Tensor", given, **{name: x})
+    raises(TypeError, rf"{name} must be a pair \(x, y\), got tuple of 3", given, **{name: (x, y, y)})
+    raises(TypeError, rf"{name} must be a pair \(x, y\), got NoneType", given, **{name: None})
+
+
+def test_models(given):
+    raises(TypeError, "model must be an nn.Module, got function", given, model=lambda x: x)
+    raises(TypeError, "model must be an nn.Module, got type", given, model=nn.Linear)
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        functional.apply(lambda x: x, {}, given["support"][0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        fastmaml.explain(lambda x: x, given["support"][0])  # type: ignore[arg-type]
+
+
+def test_a_model_with_more_than_one_output(given):
+    model = Function(lambda self, x: (self.a(x), x), a=L(I, C))
+    spoiled = {"model": model, "params": dict(model.named_parameters())}
+    raises(TypeError, "the model must return one tensor, returned tuple", given, **spoiled)
+    with pytest.raises(TypeError, match="must return one tensor"):
+        reference.apply(model, spoiled["params"], given["support"][0])
+
+
+@pytest.mark.parametrize("label", [-1, C])
+def test_labels_for_a_model_without_kernels(given, label):
+    model = nn.Sequential(nn.Linear(I, C), nn.Softplus())
+    x, good = given["support"][0], torch.randint(C, (T, N))
+    given |= {"model": model, "params": dict(model.named_parameters()), "loss": "cross_entropy"}
+    given |= {"support": (x, good), "query": (x, good)}
+    functional.meta_loss(**given)
+    bad = good.clone()
+    bad[0, 1] = label
+    raises(ValueError, rf"labels must be from 0 to 4: .*{label}", given, query=(x, bad))
+
+
 def test_labels(given):
     x, _ = given["support"]
     good = torch.randint(C, (T, N))
@@ -145,6 +202,13 @@ def test_params(given):
     wide = params | {"0.bias": torch.randn(8)}
     raises(ValueError, r"params\['0.bias'\] must have shape \[7\] or \[2, 7\], got \[8\]", given, params=wide)
     raises(TypeError, "dtype", given, params=params | {"0.bias": torch.randn(7).double()})
+    for bad, kind in ((np.zeros(7, np.float32), "ndarray"), (0.0, "float"), (None, "NoneType")):
+        raises(
+            TypeError,
+            rf"params\['0.bias'\] must be a tensor, got {kind}",
+            given,
+            params=params | {"0.bias": bad},
+        )
 
 
 def test_lr(given):
@@ -155,7 +219,19 @@ def test_lr(given):
     raises(ValueError, r"unexpected \['more'\]", given, lr=dict.fromkeys([*names, "more"], 0.1))
     wide = dict.fromkeys(names, 0.1) | {"0.bias": torch.rand(6)}
     raises(ValueError, r"lr\['0.bias'\] must broadcast to \[7\], got \[6\]", given, lr=wide)
-    raises(ValueError, r"lr must have shape \[\], got \[2\]", given, lr=torch.rand(2))
+    listed = r"lr must have shape \[\], got \[2\]: .* a list of numbers or 0-d tensors"
+    raises(ValueError, listed, given, lr=torch.rand(2))
+    raises(ValueError, r"a list of steps = 2, got a list of 1", given, lr=nn.ParameterList([torch.ones(())]))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, Fraction])
+def test_lr_of_any_kind_of_number(given, kind):
+    lr = kind(Fraction(1, 4)) if kind is not np.int64 else kind(1)
+    for each in (lr, [lr, lr], dict.fromkeys(given["params"], lr)):
+        plain = {"lr": float(lr)}
+        assert torch.equal(
+            functional.meta_loss(**(given | {"lr": each})), functional.meta_loss(**(given | plain))
+        )
 
 
 @pytest.mark.parametrize(
@@ -169,6 +245,8 @@ def test_lr(given):
         ("reduction", "max", ValueError),
         ("loss", "hinge", ValueError),
         ("loss", 3, TypeError),
+        ("loss", nn.MSELoss, TypeError),
+        ("loss", CrossEntropy, TypeError),
         ("backend", "gpu", ValueError),
         ("precision", "fp16", ValueError),
         ("precision", torch.bfloat16, ValueError),

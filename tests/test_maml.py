@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fastmaml import MAML, functional, reference
+from fastmaml import MAML, functional, losses, reference
 
 
 @pytest.fixture(params=["cpu", "torch"])
@@ -92,6 +93,93 @@ def test_evaluate_goes_on_with_the_last_step_size(maml):
     torch.testing.assert_close(longer.loss, maml.evaluate(x_s, y_s, x_q, y_q, steps=3).loss)
 
 
+def test_adapt_goes_on_with_the_last_step_size(maml):
+    x_s, y_s, *_ = episodes()
+    maml.lr = [0.5, 0.1]
+    longer = maml.adapt(x_s, y_s, steps=3)
+    params = dict(maml.model.named_parameters())
+    expected = reference.inner_loop(
+        maml.model, params, x_s, y_s, loss="cross_entropy", lr=[0.5, 0.1, 0.1], steps=3
+    )
+    for name, w in expected.items():
+        torch.testing.assert_close(longer[name], w)
+
+
+@pytest.mark.parametrize("make", [list, tuple, nn.ParameterList])
+@pytest.mark.parametrize("count", [0, 2, 7])
+def test_a_list_of_step_sizes_has_one_for_each_step(make, count):
+    lr = make(torch.full((), 0.1) for _ in range(count))
+    with pytest.raises(ValueError, match=f"lr must be one, or a list of steps = 5, got a list of {count}"):
+        MAML(nn.Linear(1, 1), loss="mse", lr=lr, steps=5)
+
+
+def test_a_list_of_step_sizes_given_later_is_checked_too(maml):
+    maml.lr = [0.1] * 3
+    with pytest.raises(ValueError, match="steps = 2, got a list of 3"):
+        maml(*episodes())
+    maml.lr = []
+    with pytest.raises(ValueError, match="lr holds no step size"):
+        maml.evaluate(*episodes())
+
+
+def test_evaluate_weights_loss_and_accuracy_alike(maml):
+    x_s, y_s, x_q, y_q = episodes()
+    weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(3, 6)
+    weighted = maml.evaluate(x_s, y_s, x_q, (y_q, weight))
+    fast = maml.adapt(x_s, y_s)
+    hits = functional.apply(maml.model, fast, x_q, backend=maml.backend).argmax(-1) == y_q
+    as_often = hits[:, [0, 1, 1, 2, 3]]  # as the weights say
+    torch.testing.assert_close(weighted.accuracy[-1], as_often.double().mean(1))
+    value, _ = reference.value_and_grad(maml.model, fast, x_q, (y_q, weight), loss="cross_entropy")
+    torch.testing.assert_close(weighted.loss[-1], value)
+
+
+def test_evaluate_takes_the_targets_that_forward_takes(maml):
+    x_s, y_s, x_q, y_q = episodes()
+    plain = maml.evaluate(x_s, y_s, x_q, y_q)
+    same = maml.evaluate(x_s, (y_s, None), x_q, (y_q, None))
+    assert torch.equal(same.loss, plain.loss)
+    assert torch.equal(same.accuracy, plain.accuracy)
+    assert maml(x_s, (y_s, None), x_q, (y_q, None)) == maml(x_s, y_s, x_q, y_q)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", F.cross_entropy])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_evaluate_checks_what_it_is_given(maml, loss, steps):
+    x_s, y_s, x_q, y_q = episodes()
+    maml.loss = loss
+    for spoiled, match in [
+        ((x_s, y_s[:2], x_q, y_q), r"support y must have shape \[3, 4\], got \[2, 4\]"),
+        ((x_s, y_s, x_q, y_q[:2]), r"query y must have shape \[3, 6\], got \[2, 6\]"),
+        ((x_s, y_s, x_q, y_q[:, :2]), r"query y must have shape \[3, 6\], got \[3, 2\]"),
+        ((x_s, y_s, x_q, y_q + 4), "query y must hold labels from 0 to 3"),
+        ((x_s, y_s, x_q[:2], y_q[:2]), r"query x must have shape \[3, 6, 3\], got \[2, 6, 3\]"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            maml.evaluate(*spoiled, steps=steps)
+
+
+@pytest.mark.parametrize("method", ["adapt", "evaluate"])
+def test_steps_are_counted(maml, method):
+    data = episodes()[: 2 if method == "adapt" else 4]
+    maml.lr = [0.1, 0.1]
+    with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
+        getattr(maml, method)(*data, steps=-1)
+    with pytest.raises(TypeError, match=r"steps must be an integer, got 1\.5"):
+        getattr(maml, method)(*data, steps=1.5)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), nn.Softplus())])
+def test_labels_that_torch_ignores_are_no_hits_and_no_misses(model):
+    x_s, y_s, x_q, y_q = (a.float() if a.is_floating_point() else a for a in episodes())
+    y_q[:, 4:] = losses.IGNORED
+    result = MAML(model, loss=F.cross_entropy, lr=0.1, steps=1, backend="torch").evaluate(x_s, y_s, x_q, y_q)
+    fewer = MAML(model, loss="cross_entropy", lr=0.1, steps=1, backend="torch")
+    expected = fewer.evaluate(x_s, y_s, x_q[:, :4], y_q[:, :4])
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.accuracy, expected.accuracy)
+
+
 def test_regression_has_no_accuracy():
     maml = MAML(nn.Linear(3, 1), loss="mse", lr=0.1, steps=1, backend="torch")
     result = maml.evaluate(
@@ -119,6 +207,53 @@ def test_step_sizes_can_be_learned(maml):
     assert grad_lr.abs() > 0
 
 
-def test_negative_steps_are_refused():
-    with pytest.raises(ValueError, match="steps"):
-        MAML(nn.Linear(1, 1), loss="mse", lr=0.1, steps=-1)
+def test_a_step_size_for_each_step_can_be_learned(maml):
+    sizes = [torch.tensor(a, dtype=torch.float64) for a in (0.1, 0.2)]
+    listed = MAML(maml.model, loss="cross_entropy", lr=nn.ParameterList(sizes), steps=2, backend=maml.backend)
+    assert {"lr.0", "lr.1"} <= dict(listed.named_parameters()).keys()
+    data, lr = episodes(), [s.clone().requires_grad_() for s in sizes]
+    (x_s, y_s), (x_q, y_q) = data[:2], data[2:]
+    loss, params = listed(*data), dict(maml.model.named_parameters())
+    expected = reference.meta_loss(
+        maml.model, params, (x_s, y_s), (x_q, y_q), loss="cross_entropy", lr=lr, steps=2
+    )
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(
+        torch.autograd.grad(loss, list(listed.lr)), torch.autograd.grad(expected, lr), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(listed.evaluate(*data).loss[-1].mean(), loss)
+
+
+class Learned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, output, target):
+        return self.scale * (output - target).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "error", "match"),
+    [
+        ({"model": lambda x: x}, TypeError, "model must be an nn.Module, got function"),
+        ({"model": nn.Linear}, TypeError, "model must be an nn.Module, got type"),
+        ({"steps": -1}, ValueError, "steps must be at least 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer"),
+        ({"loss": nn.MSELoss}, TypeError, r"not the class: MSELoss\(\)"),
+        ({"loss": Learned()}, ValueError, r"\['scale'\] get no gradient .* fastmaml\.reference"),
+        ({"lr": "0.1"}, TypeError, "lr must be a number.*got str"),
+        ({"lr": [0.1, None]}, TypeError, "lr must be a number.*got NoneType"),
+        ({"lr": {"weight": 0.1, "bias": "0.1"}}, TypeError, "lr must be a number.*got str"),
+        ({"lr": torch.rand(2)}, ValueError, r"lr must have shape \[\], got \[2\]: .* list of numbers"),
+        ({"backend": "gpu"}, ValueError, r"backend must be one of \['cuda', 'triton', 'cpu', 'torch'\]"),
+        ({"chunk_tasks": 0}, ValueError, "chunk_tasks must be at least 1"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1"),
+        ({"optimizer": torch.optim.SGD}, TypeError, "optimizer must be a fastmaml.SGD"),
+    ],
+)
+def test_what_needs_no_data_is_checked_at_once(spoiled, error, match):
+    given = {"model": nn.Linear(1, 1), "loss": "mse", "lr": 0.1, "steps": 2}
+    with pytest.raises(error, match=match):
+        MAML(**(given | spoiled))

@@ -7,12 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import forms, functional, losses
+from ..arguments import (
+    PER_STEP,
+    are_labels,
+    check_count,
+    check_loss,
+    check_lr,
+    check_query_x,
+    check_x,
+    target,
+    understood,
+)
+from ..backends import check_model, check_name, problem_for
 from ..backends.precision import check_precision
 from ..optimizers import SGD, check_optimizer, loss_weights
 
 
 class Evaluation(NamedTuple):
-    """Query loss and, for classification, accuracy of each task after 0, 1, .. steps: [steps + 1, T]."""
+    """Query loss and, for classification, accuracy of each task after 0, 1, .. steps: [steps + 1, T].
+
+    Both are means over a task's query examples, by their weights where they have some.
+    """
 
     loss: Tensor
     accuracy: Tensor | None
@@ -23,7 +38,8 @@ class MAML(nn.Module):
 
     loss, lr, steps, first_order, optimizer, step_weights, backend, chunk_tasks, checkpoint_every,
     fast_weights and precision are those of `fastmaml.functional`. lr may hold nn.Parameters that an
-    optimiser learns too; register them yourself.
+    optimiser learns too: one, or an nn.ParameterList of `steps`, is among MAML's own; register those in a
+    dict or list yourself.
     """
 
     def __init__(
@@ -33,10 +49,15 @@ class MAML(nn.Module):
         fast_weights=None, precision: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps must be a whole number, 0 or more, got {steps!r}")
+        check_model(model)
+        check_count("steps", steps, 0)
         losses.resolve(loss)
+        check_loss(loss)
+        check_lr(lr, steps)
         check_optimizer(optimizer)
+        check_name(backend)
+        check_count("chunk_tasks", chunk_tasks, 1)
+        check_count("checkpoint_every", checkpoint_every, 1)
         self.optimizer, self.step_weights = optimizer, loss_weights(step_weights, steps)
         self.model, self.loss, self.lr, self.steps, self.first_order = model, loss, lr, steps, first_order
         self.backend, self.chunk_tasks, self.checkpoint_every = backend, chunk_tasks, checkpoint_every
@@ -54,13 +75,17 @@ class MAML(nn.Module):
         params = dict(self.model.named_parameters())
         return functional.meta_loss(
             self.model, params, (x_support, y_support), (x_query, y_query),
-            lr=self._lr(0, self.steps), steps=self.steps, fast_weights=self.fast_weights,
+            lr=self.lr, steps=self.steps, fast_weights=self.fast_weights,
             step_weights=self.step_weights, **self._common(), **self._memory(),
         )  # fmt: skip
 
     def adapt(self, x: Tensor, y, steps: int | None = None) -> dict[str, Tensor]:
-        """Fast weights {name: [T, *shape]} after `steps` steps on the tasks' support sets; differentiable."""
+        """Fast weights {name: [T, *shape]} after `steps` steps on the tasks' support sets; differentiable.
+
+        steps may be more than MAML's own: of a list of step sizes the last goes on.
+        """
         params, steps = dict(self.model.named_parameters()), self.steps if steps is None else steps
+        check_count("steps", steps, 0)
         return functional.inner_loop(
             self.model, params, x, y, lr=self._lr(0, steps), steps=steps, **self._common(), **self._memory()
         )
@@ -75,11 +100,21 @@ class MAML(nn.Module):
         weight, the steps to each k begin anew.
         """
         steps = self.steps if steps is None else steps
+        check_count("steps", steps, 0)
+        x_support = check_x("support x", x_support)
+        x_query = check_query_x(x_query, x_support)
+        loss = losses.resolve(understood(self.loss, self.model, x_support, y_support, y_query))
+        problem = problem_for(
+            self.model, tuple(x_support.shape[2:]), loss, (x_support.shape[1], x_query.shape[1])
+        )
+        target(problem, y_support, x_support, "support y")
+        labels, weight = target(problem, y_query, x_query, "query y")
+        queries = (labels,) if weight is None else (labels, weight)
         params: dict = dict(self.model.named_parameters())
         weights, begun = params, 0  # the weights after `begun` steps
         goes_on = self.optimizer is None or self.optimizer.momentum == 0  # momentum is not among the weights
-        loss, run = losses.resolve(self.loss), {**self._run(), "chunk_tasks": self.chunk_tasks}
-        target = y_query if isinstance(y_query, (tuple, list)) else (y_query,)
+        run = {**self._run(), "chunk_tasks": self.chunk_tasks}
+        classifies = isinstance(losses.built_in(loss) or loss, losses.CrossEntropy) and are_labels(labels)
         found: list[Tensor] = []
         hits: list[Tensor] = []
         for k in range(steps + 1):
@@ -91,14 +126,17 @@ class MAML(nn.Module):
                 )  # fmt: skip
                 begun = k if goes_on else 0
             output = functional.apply(self.model, weights, x_query, **run)
-            found.append(torch.stack([loss(*task) for task in zip(output, *target, strict=True)]))
-            if isinstance(loss, losses.CrossEntropy):
-                hits.append((output.argmax(-1) == target[0]).to(output.dtype).mean(1))
+            found.append(torch.stack([loss(*task) for task in zip(output, *queries, strict=True)]))
+            if classifies:
+                hits.append(_accuracy(output, labels, weight))
         return Evaluation(torch.stack(found), torch.stack(hits) if hits else None)
 
     def _lr(self, start: int, end: int):
-        if not isinstance(self.lr, (list, tuple)):
+        """The step sizes of steps start, .., end - 1."""
+        if not isinstance(self.lr, PER_STEP):
             return self.lr
+        if end > 0 and len(self.lr) == 0:
+            raise ValueError(f"lr holds no step size, for {end} steps")
         return [self.lr[min(k, len(self.lr) - 1)] for k in range(start, end)]
 
     def _common(self) -> dict:
@@ -110,3 +148,8 @@ class MAML(nn.Module):
 
     def _memory(self) -> dict:
         return {"chunk_tasks": self.chunk_tasks, "checkpoint_every": self.checkpoint_every}
+
+
+def _accuracy(output: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:  # [T, N, C], [T, N], [T, N]
+    counted = (labels != losses.IGNORED).to(output.dtype) if weight is None else weight
+    return (counted * (output.argmax(-1) == labels)).sum(1) / counted.sum(1)

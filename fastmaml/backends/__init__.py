@@ -69,6 +69,11 @@ class Problem:
 _problems: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
+
+
 def problem_for(
     model: nn.Module, example_shape: tuple[int, ...], loss: Loss | None, examples: tuple[int, ...] = ()
 ) -> Problem:
@@ -78,8 +83,7 @@ def problem_for(
     examples: numbers of them that it is called with. A model that computes something else for some number of
     examples has no Program.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model must be an nn.Module, got {type(model).__name__}")
+    check_model(model)
     state = _state(model)
     known = _problems.setdefault(model, {})
     key = (tuple(example_shape), loss)
@@ -212,6 +216,11 @@ def why_not(
     return why
 
 
+def check_name(name: str | None) -> None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
+
+
 def choose(
     problem: Problem,
     device: Device,
@@ -228,9 +237,8 @@ def choose(
     key = (name, device, dtype, sizes) if by_size else (name, device, dtype)
     if key in problem.memo:
         return problem.memo[key]
+    check_name(name)
     if name is not None:
-        if name not in BACKENDS:
-            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {name!r}")
         if why := why_not(name, problem, device, dtype, sizes):
             raise RuntimeError(f"backend {name!r} cannot run this: {why}")
         chosen = BACKENDS[name]
