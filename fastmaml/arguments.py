@@ -144,11 +144,6 @@ def parameters(
     return ordered
 
 
-def _names_error(what: str, wanted: set[str], given: set[str]) -> ValueError:
-    missing, extra = sorted(wanted - given), sorted(given - wanted)
-    return ValueError(f"{what} must name every parameter: missing {missing}, unexpected {extra}")
-
-
 def target(problem: Problem, y: Tensor | tuple[Tensor, Tensor], x: Tensor, name: str) -> Target:
     """(target, weight | None), contiguous, fit for the problem's loss."""
     y, weight = _parts(y, name)
