@@ -14,6 +14,7 @@ Differentiable once by ordinary autograd with respect to params, lr and x. `fast
 functions in a form to read, differentiable any number of times.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -245,11 +246,12 @@ def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weight
         return ()
     own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
     sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0], query_losses(loop[3]), bool(loop[2])
-    sizes = *sizes, name == "triton"
-    how = sizes, own, rates.shape[1], fast_weights
-    if torch.compiler.is_compiling():
+    S, gpu = rates.shape[1], name == "triton"
+    if torch.compiler.is_compiling():  # for each of the sizes anew
+        sizes = tuple([operator.index(n) for n in sizes])
+        how = (*sizes, gpu), own, S, fast_weights
         return factored_weights_of(model, tuple(x_s.shape[2:]), loss, *how)
-    return factored_weights(problem, *how)
+    return factored_weights(problem, (*sizes, gpu), own, S, fast_weights)
 
 
 def _enter(
