@@ -61,16 +61,30 @@ def test_opcheck(name: str, own: bool) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_training_step_is_the_same() -> None:
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 2))
-    support, query = ((torch.randn(T, n, 6), torch.randn(T, n, 2)) for n in (N, Q))
 
     def loss(support, query):
         params = dict(model.named_parameters())
         return functional.meta_loss(model, params, support, query, loss="mse", lr=0.1, steps=K)
 
     compiled = torch.compile(loss, fullgraph=True)
-    grads = [torch.autograd.grad(f(support, query), list(model.parameters())) for f in (loss, compiled)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
+    for tasks in (T, T + 1):  # the second makes it a symbol
+        sets = [(torch.randn(tasks, n, 6), torch.randn(tasks, n, 2)) for n in (N, Q)]
+        grads = [torch.autograd.grad(f(*sets), list(model.parameters())) for f in (loss, compiled)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_torch_backend_says_that_it_cannot_be_compiled() -> None:
+    model = nn.Sequential(nn.Linear(6, 2))
+
+    def loss(support, query):
+        params = dict(model.named_parameters())
+        how = {"loss": "mse", "lr": 0.1, "steps": K, "backend": "torch"}
+        return functional.meta_loss(model, params, support, query, **how)
+
+    sets = [(torch.randn(T, n, 6), torch.randn(T, n, 2)) for n in (N, Q)]
+    with pytest.raises(Exception, match=r"do not run within torch\.compile"):
+        torch.compile(loss)(*sets)
 
 
 CALLS = {

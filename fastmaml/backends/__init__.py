@@ -166,6 +166,11 @@ def prepare(
     """
     problem = problem_for(model, example_shape, None if loss is None else resolve(loss), sizes or ())
     chosen = choose(problem, device, dtype, name, sizes)
+    if sizes is None and chosen is torch and loss is not None:  # dynamo fails at its jvp
+        raise RuntimeError(
+            "the gradients of the torch backend do not run within torch.compile: "
+            "call them outside of it, or under torch.compiler.disable"
+        )
     return problem, next(n for n, backend in BACKENDS.items() if backend is chosen)
 
 
