@@ -10,7 +10,7 @@ struct OuterProducts {
   // The block of it that is made at once, and how many rows of d and x are multiplied before the next: d's
   // part is packed, x's stays in L2 while the block's rows go over it, and is read again for as few blocks as
   // can be. On the matrix unit both are packed, and L2 holds them and the block.
-  static constexpr int64_t columns = 512, fma_rows = 96, fma_most = 256, amx_rows = 256, amx_most = 128;
+  static constexpr int64_t columns = 512, fma_rows = 192, fma_most = 128, amx_rows = 256, amx_most = 128;
 
   int64_t I;
   bool on_amx;
