@@ -17,7 +17,6 @@ COMPILE = [
     "-std=c++17",
     "-O1",
     "-DFASTMAML_INLINE=inline",
-    "-DFASTMAML_EXACT",
     "-Wno-psabi",
     "-pthread",
 ]
