@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="MAML on sine waves: a table and a picture", **shown)
     add = demo.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for the picture")
-    add("--iterations", type=positive_int, default=20000, help="meta-steps of each network")
+    add("--iterations", type=positive_int, default=40000, help="meta-steps of each network")
     add("--seed", type=natural, default=0)
     add("--backend", help="cpu, torch, ...; default: the first that can run")
     add("--quiet", action="store_true", help="no progress bar")
