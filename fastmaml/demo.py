@@ -18,8 +18,8 @@ from fastmaml.train import Training
 
 SHOWN = (0, 1, 5, 10)
 TASKS, INNER_LR, TEST_TASKS = 25, 0.01, 1000
-# With cosine decay over 20000 steps 1e-3 stopped short: 0.74 after one step, against 0.60 (K = 5). What comes of
-# more steps than the one that is trained for varies with seeds and rounding: 0.35 to 0.40 after five, from
+# With cosine decay over 20000 steps 1e-3 stopped short: 0.74 after one step, against 0.60 (K = 5). What comes
+# of more steps than the one that is trained for varies with seeds and rounding: 0.35 to 0.40 after five, from
 # 20000 meta-steps.
 META_LR = 3e-3
 # Finn, Abbeel, Levine 2017, Table 2: mean query MSE of MAML for K = 5 after 1, 5, 10 steps
