@@ -301,7 +301,9 @@ def tile(M: int, I: int, O: int, *, reduce: str, precision: str, whole: str = ""
     if whole and sizes[whole] > across:
         most |= {"M": 16, "O": 16} | {whole: MOST_NORMED}
     blocks = {f"BLOCK_{n}": power_of_two(size, 16, most[n]) for n, size in sizes.items()}
-    large = blocks["BLOCK_M"] * blocks["BLOCK_I"] * blocks["BLOCK_O"] > 32 * 32 * 64
+    # the forward kernel's operands of bfloat16 lie in registers twice
+    most_of_4 = 32 * 32 * (32 if (reduce, precision) == ("I", "bf16") else 64)
+    large = blocks["BLOCK_M"] * blocks["BLOCK_I"] * blocks["BLOCK_O"] > most_of_4
     return blocks | {"num_warps": 8 if large else 4}
 
 
