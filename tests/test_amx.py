@@ -12,14 +12,7 @@ from test_planted_faults import CSRC, TESTS
 
 from fastmaml.backends import cpu
 
-COMPILE = [
-    "g++",
-    "-std=c++17",
-    "-O1",
-    "-DFASTMAML_INLINE=inline",
-    "-Wno-psabi",
-    "-pthread",
-]
+COMPILE = ["g++", "-std=c++17", "-O1", "-DFASTMAML_INLINE=inline", "-Wno-psabi", "-pthread"]
 
 # file of csrc/cpu, text that is in it once, what it becomes
 FAULTS = [
