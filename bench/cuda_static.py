@@ -7,13 +7,12 @@ operands has no such instructions. Nothing here was run on a GPU.
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from fastmaml.backends.precision import PRECISIONS
 
-from .gpu_static import _tool, markdown
+from .gpu_static import _tool, publish
 
 OBJECT = Path(__file__).parents[1] / "build" / "cuda" / "inner_loop.o"
 HEADER = ["arch", "kernel", "registers", "spilled bytes", "tensor-core instructions"]
@@ -70,22 +69,11 @@ def main() -> None:
         [arch, name, str(k.registers), str(k.spills), str(k.tensor_cores) if k.tensor_cores else "none"]
         for (arch, name), k in sorted(found.items(), key=lambda item: (int(item[0][0][3:]), item[0][1]))
     ]
-    text = "\n".join(
-        [
-            "# The CUDA kernels as compiled",
-            "",
-            "By `python -m bench.cuda_static`, of the object that `make setup` made. A block has at most 256",
-            "threads; its shared memory depends on the network. None of these was run on a GPU.",
-            "",
-            markdown(HEADER, rows),
-            "",
-        ]
-    )
-    print(text)
-    if args.out:
-        args.out.write_text(text)
-    if bad := faults(found):
-        sys.exit("\n".join(bad))
+    about = [
+        "By `python -m bench.cuda_static`, of the object that `make setup` made. A block has at most 256",
+        "threads; its shared memory depends on the network. None of these was run on a GPU.",
+    ]
+    publish("The CUDA kernels as compiled", about, HEADER, rows, args.out, faults(found))
 
 
 if __name__ == "__main__":

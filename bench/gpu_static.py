@@ -152,6 +152,23 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def publish(
+    title: str,
+    about: list[str],
+    header: list[str],
+    rows: list[list[str]],
+    out: Path | None,
+    faults: list[str],
+) -> None:
+    """Prints the table, writes it to `out`, and ends with the faults if there are any."""
+    text = "\n".join([f"# {title}", "", *about, "", markdown(header, rows), ""])
+    print(text)
+    if out:
+        out.write_text(text)
+    if faults:
+        sys.exit("\n".join(faults))
+
+
 def models_of(args: argparse.Namespace, precision: str) -> list[str]:
     return args.models if precision == "ieee" else args.rounded
 
@@ -186,23 +203,9 @@ def main() -> None:
             if (arch, precision) in TENSOR_CORES and not all(k.tensor_cores for k in products):
                 faults.append(f"sm_{arch} {precision}: a product without tensor cores")
             print(f"sm_{arch} {precision}: {len(found)} specialisations", file=sys.stderr)
-    text = "\n".join(
-        [
-            "# The Triton kernels as compiled",
-            "",
-            f"By `python -m bench.gpu_static`, triton {triton.__version__}:",
-            "; ".join(f"{p} for {', '.join(models_of(args, p))}" for p in args.precision) + ".",
-            NOTE,
-            "",
-            markdown(HEADER, rows),
-            "",
-        ]
-    )
-    print(text)
-    if args.out:
-        args.out.write_text(text)
-    if faults:
-        sys.exit("\n".join(faults))
+    what = "; ".join(f"{p} for {', '.join(models_of(args, p))}" for p in args.precision)
+    about = [f"By `python -m bench.gpu_static`, triton {triton.__version__}:", f"{what}.", NOTE]
+    publish("The Triton kernels as compiled", about, HEADER, rows, args.out, faults)
 
 
 if __name__ == "__main__":
