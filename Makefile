@@ -51,13 +51,16 @@ test-all: setup emulation
 
 # The CUDA kernels for the CPU, which FASTMAML_EMULATE=1 takes: for tests where there is no GPU.
 EMULATION := build/emulation/libfastmaml_cuda.so
-EMULATION_FLAGS := -std=c++17 -O2 -fPIC -shared -fvisibility=hidden -pthread
+EMULATION_FLAGS := -std=c++17 -O2 -fPIC -fvisibility=hidden -pthread
 
 emulation: $(EMULATION)
 
-$(EMULATION): $(CUDA) csrc/program.h
+build/emulation/%.o: csrc/cuda/emulation/%.cpp $(CUDA) csrc/program.h
 	@mkdir -p $(@D)
-	$(CXX) $(EMULATION_FLAGS) csrc/cuda/emulation/inner_loop.cpp -o $@
+	$(CXX) $(EMULATION_FLAGS) -c $< -o $@
+
+$(EMULATION): build/emulation/inner_loop.o build/emulation/cluster.o
+	$(CXX) -shared -pthread $^ -o $@
 
 demo: setup
 	$(V)/bin/fastmaml demo $(ARGS)

@@ -70,7 +70,7 @@ def extension() -> dict:
                 setup_cuda.note("none")  # in what was linked before there may be kernels
             else:
                 setup_cuda.compile_kernels(nvcc, KERNEL_SOURCES)
-                module.extra_objects.append(setup_cuda.KERNELS)
+                module.extra_objects += setup_cuda.KERNELS
                 module.library_dirs.append(setup_cuda.runtime(nvcc))
                 module.libraries += ["cudart_static", "rt", "dl", "pthread"]
                 # its calls must not end in another runtime that the process has

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-KERNELS = "build/cuda/inner_loop.o"
+KERNELS = ["build/cuda/inner_loop.o", "build/cuda/cluster.o"]  # each of the source of that name
 COMMAND = "build/cuda/command"  # that makes them; newer than what another one made
 OLDEST_NVCC = 12, 1  # before, a kernel's parameters had at most 4 KiB: those of csrc/cuda/table.h have 13
 OLDEST_GPU = 80
@@ -89,15 +89,27 @@ def note(text: str, root: Path = ROOT) -> None:
 def compile_kernels(nvcc: str, sources: list[str], root: Path = ROOT) -> None:
     """csrc/cuda for the GPU, unless that is done; what ptxas says of registers and spills goes beside it."""
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    command = [nvcc, "-std=c++17", "-O3", "--threads", "0", "-Xptxas", "-v", *host, *architectures(nvcc)]
-    command += ["-c", "csrc/cuda/inner_loop.cu", "-o", KERNELS]
+    command = [
+        nvcc,
+        "-std=c++17",
+        "-O3",
+        "--threads",
+        "0",
+        "-Xptxas",
+        "-v",
+        *host,
+        *architectures(nvcc),
+        "-c",
+    ]
     note(f"{' '.join(command)}\n{version(nvcc)}", root)
-    target = root / KERNELS
     newest = max((root / name).stat().st_mtime for name in [*sources, COMMAND])
-    if target.exists() and target.stat().st_mtime > newest:
-        return
-    print("fastmaml: compiling the CUDA kernels", file=sys.stderr)
-    done = subprocess.run(command, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
-    target.with_suffix(".ptxas").write_text(done.stderr)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}\nFASTMAML_CUDA=0 builds without CUDA kernels")
+    for target in map(root.joinpath, KERNELS):
+        if target.exists() and target.stat().st_mtime > newest:
+            continue
+        source = f"csrc/cuda/{target.stem}.cu"
+        print(f"fastmaml: compiling {source}", file=sys.stderr)
+        this = [*command, source, "-o", str(target)]
+        done = subprocess.run(this, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
+        target.with_suffix(".ptxas").write_text(done.stderr)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(this)}\n{done.stderr}\nFASTMAML_CUDA=0 builds without CUDA kernels")

@@ -19,17 +19,18 @@ COMPILE = [
     "-Wno-unknown-pragmas",
     "-pthread",
 ]
+CLUSTER = ["-DFASTMAML_CLUSTER=1"]
 TSAN = ["-fsanitize=thread", "-g", "-DFASTMAML_EMULATE_THREADS"]
 ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 # file of csrc/cuda, text that is in it once, what it becomes
 FAULTS = [
     # a barrier left out
-    ("sweep.cuh", "      forward_op<false>(i, op, p);\n    __syncthreads();", "      forward_op<false>(i, op, p);"),
-    ("sweep.cuh", "      backward_op<Dual, P>(i, op, p);\n    __syncthreads();", "      backward_op<Dual, P>(i, op, p);"),
-    ("sweep.cuh", "  }\n  __syncthreads();\n}", "  }\n}"),
-    ("task.cuh", "      begin();\n      __syncthreads();", "      begin();"),
-    ("task.cuh", "    __syncthreads();\n    if (turn != Turn::query || table.v", "    if (turn != Turn::query || table.v"),
+    ("sweep.cuh", "      forward_op<false>(i, op, p);\n    sync_team();", "      forward_op<false>(i, op, p);"),
+    ("sweep.cuh", "      backward_op<Dual>(i, op, p);\n    sync_team();", "      backward_op<Dual>(i, op, p);"),
+    ("sweep.cuh", "  }\n  sync_team();\n}", "  }\n}"),
+    ("task.cuh", "      begin();\n      sync_team();", "      begin();"),
+    ("task.cuh", "    sync_team();\n    if (turn != Turn::query || table.v", "    if (turn != Turn::query || table.v"),
     # another task's data
     ("task.cuh", "numbers(set().x) + task * rows * b.C", "numbers(set().x)"),
     ("task.cuh", "numbers(set().weight) + task * n", "numbers(set().weight)"),
@@ -90,9 +91,28 @@ FAULTS = [
     ("task.cuh", "numbers(call.lr) + k * call.S", "numbers(call.lr)"),
     ("task.cuh", "p.grad_dst = table.tied ? table.u : table.w;", "p.grad_dst = table.w;"),
     ("task.cuh", "(task * rows + row) * C + c] += v", "(task * rows + row) * C + c] = v"),
+    # tasks one after another, and the sums over them
+    ("task.cuh", "    sync_team();\n  }\n  if (sums.count == 0)", "  }\n  if (sums.count == 0)"),
+    ("task.cuh", "task += teams()", "task += teams() + 1"),
+    ("task.cuh", "  sync_grid();\n", ""),
+    ("task.cuh", "i += int64_t(gridDim.x) * blockDim.x", "i += blockDim.x * int64_t(gridDim.x + 1)"),
     ("task.cuh", "sum += static_cast<const T*>(of.rows)", "sum = static_cast<const T*>(of.rows)"),
 ]  # fmt: skip
 RACE = FAULTS[1]
+# the same by a cluster
+CLUSTER_FAULTS = [
+    *FAULTS[:5],  # a barrier left out
+    *FAULTS[-5:],
+    ("team.cuh", "0xffffffffu / vectors + 1", "0xffffffffu / vectors"),
+    ("team.cuh", "unsigned(at) / lanes<T>", "unsigned(at) / (lanes<T> + 1)"),
+    ("team.cuh", "(at - int(block * vectors) * lanes<T>)", "at % int(vectors)"),
+    ("team.cuh", "int(cluster_rank() * blockDim.x + threadIdx.x)", "int(threadIdx.x)"),
+    ("team.cuh", "int(cluster_blocks() * blockDim.x)", "int(blockDim.x)"),
+    ("team.cuh", "int(blockIdx.x / cluster_blocks())", "int(blockIdx.x)"),
+    ("team.cuh", "int(gridDim.x / cluster_blocks())", "int(gridDim.x)"),
+    ("team.cuh", "warp() { return thread() / 32; }", "warp() { return int(threadIdx.x) / 32; }"),
+    ("plan.h", "t_.params * t_.blocks * (t_.threads / 32)", "t_.params * (t_.threads / 32)"),
+]  # fmt: skip
 # the same for the products on tensor cores, which test_mma.cpp finds
 MMA_FAULTS = [
     *FAULTS[:3],  # a barrier left out
@@ -162,43 +182,65 @@ def build(engine: list[Path], test: Path, folder: Path, csrc: Path = CSRC, flags
 
 
 EACH_TEST = pytest.mark.parametrize("test", [INNER_LOOP, MMA], ids=lambda test: test.stem)
+EACH_TEAM = pytest.mark.parametrize("team", [[], CLUSTER], ids=["one_block", "cluster"])
 
 
+def skip_unless_all(every: int, test: Path, team: list[str]) -> None:
+    if every > 1 and team and test == MMA:
+        pytest.skip("one of the rarer pairs: --all runs it")
+
+
+@EACH_TEAM
 @EACH_TEST
 def test_against_the_cpu_engine_in_every_order_of_the_threads(
-    engine: list[Path], tmp_path: Path, test: Path
+    engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]
 ) -> None:
-    runs = build(engine, test, tmp_path, flags=["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"])
-    for threads in (32, 64, 256):
+    skip_unless_all(every, test, team)
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    runs = build(engine, test, tmp_path, flags=[*strict, *team])
+    for threads in (32,) if team else (32, 64, 256):
         done = run(runs, threads)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@EACH_TEAM
 @EACH_TEST
-def test_bounds_alignment_and_undefined_behaviour(engine: list[Path], tmp_path: Path, test: Path) -> None:
-    done = run(build(engine, test, tmp_path, flags=ASAN), 64, 3)
+def test_bounds_alignment_and_undefined_behaviour(
+    engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]
+) -> None:
+    skip_unless_all(every, test, team)
+    done = run(build(engine, test, tmp_path, flags=[*ASAN, *team]), 32 if team else 64, 7 if team else 3)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@EACH_TEAM
 @EACH_TEST
-def test_races(engine: list[Path], tmp_path: Path, test: Path) -> None:
+def test_races(engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]) -> None:
     """ThreadSanitizer, which sees a race in most runs, not in each: so there are several, and one is planted."""
-    sound = build(engine, test, tmp_path, flags=TSAN)
-    done = [run(sound, 64, 9) for _ in range(8)]
+    if every > 1 and team:
+        pytest.skip("the same code by more blocks: --all runs it")
+    flags = [*TSAN, *team]
+    sound = build(engine, test, tmp_path, flags=flags)
+    threads = 32 if team else 64
+    done = [run(sound, threads, 9) for _ in range(4 if team else 8)]
     assert all(d.returncode == 0 for d in done), "\n".join(d.stdout + d.stderr for d in done)
     csrc = planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")
-    racy = build(engine, test, tmp_path / "race", csrc, TSAN)
-    runs = (run(racy, 64, 5) for _ in range(5))
+    racy = build(engine, test, tmp_path / "race", csrc, flags)
+    runs = (run(racy, threads, 5) for _ in range(5))
     assert any("data race" in d.stderr for d in runs)
 
 
 @pytest.mark.parametrize(
-    ("test", "faults"), [(INNER_LOOP, FAULTS), (MMA, MMA_FAULTS)], ids=["test_inner_loop", "test_mma"]
+    ("test", "faults", "team"),
+    [(INNER_LOOP, FAULTS, []), (MMA, MMA_FAULTS, []), (INNER_LOOP, CLUSTER_FAULTS, CLUSTER)],
+    ids=["loop", "mma", "cluster"],
 )
 def test_planted_faults_are_caught(
-    engine: list[Path], tmp_path: Path, every: int, test: Path, faults: list[tuple[str, str, str]]
-) -> None:
-    limit = time_limit(build(engine, test, tmp_path), 64)
-    with_fault = lambda csrc, folder: build(engine, test, folder, csrc)  # noqa: E731
-    found = missed(faults[::every], CSRC, "cuda", tmp_path, with_fault, limit, 64)
+    engine: list[Path], tmp_path: Path, every: int, test: Path, faults: list[tuple[str, str, str]],
+    team: list[str],
+) -> None:  # fmt: skip
+    threads = 32 if team else 64
+    limit = time_limit(build(engine, test, tmp_path, flags=team), threads)
+    with_fault = lambda csrc, folder: build(engine, test, folder, csrc, team)  # noqa: E731
+    found = missed(faults[::every], CSRC, "cuda", tmp_path, with_fault, limit, threads)
     assert not found, "\n".join(found)

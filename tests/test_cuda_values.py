@@ -135,6 +135,32 @@ MODELS = {
 @pytest.mark.parametrize("first_order", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str, first_order: bool, plenty: None) -> None:
+    check_model(name, first_order)
+
+
+@pytest.fixture
+def clusters() -> None:
+    if cuda._most_blocks(cuda._index(DEVICE)) == 1:
+        pytest.skip("this GPU has no clusters of blocks")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("sine", 12 << 10), ("policy", 48 << 10), ("small Omniglot", 32 << 10)]
+)
+def test_model_by_a_cluster(name: str, limit: int, clusters: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that have less shared memory than the network takes"""
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: limit)
+    if cuda.EMULATED:
+        monkeypatch.setenv("FASTMAML_CUDA_THREADS", "32")
+    model = check_model(name, first_order=False)
+    (I,) = {m.in_features for m in model.modules() if isinstance(m, nn.Linear)} & {1, 2, 49}
+    problem = problem_for(model, (I,), CrossEntropy() if name == "small Omniglot" else MSE())
+    used = {plan.blocks for key, plan in problem.memo.items() if key[0] == "cuda plan"}
+    assert used, problem.memo
+    assert used <= {4, 8}
+
+
+def check_model(name: str, first_order: bool) -> nn.Module:
     make, N, Q, steps = MODELS[name]
     model, T = make(), 3
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -157,6 +183,7 @@ def test_model(name: str, first_order: bool, plenty: None) -> None:
         return [value, *(torch.zeros(1, device=DEVICE) if g is None else g for g in grads)]
 
     compare(model, run, smooth="smooth" in name or name in ("policy", "wide", "many examples"))
+    return model
 
 
 def test_every_order_of_the_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +203,10 @@ def test_every_order_of_the_threads_gives_the_same_bits(monkeypatch: pytest.Monk
     assert all(torch.equal(r, results[0]) for r in results)
 
 
-def bytes_of(model: nn.Module, N: int, Q: int, I: int, itemsize: int = 4) -> int:
+def bytes_of(model: nn.Module, N: int, Q: int, I: int, dtype: torch.dtype = torch.float32) -> int:
     problem = problem_for(model, (I,), MSE())
     assert cuda.supports(problem, DEVICE, torch.float32) is None
-    return cuda.needed_bytes(problem, itemsize, cuda.Sizes(N, Q))
+    return cuda.largest(problem, DEVICE, dtype, cuda.Sizes(N, Q)).bytes
 
 
 def test_bytes() -> None:
@@ -191,14 +218,14 @@ def test_bytes() -> None:
 
     N, Q, widths = 10, 6, (3, 40, 24, 2)
     weights = sum(o * row(i) + row(o) for i, o in pairwise(widths))
-    # in the dual sweep: x; what is alive at the end of the forward pass, hidden values with tangents; and
-    # the first gradients
+    # in the dual sweep: x; a number for each parameter and warp; what is alive at the end of the forward
+    # pass, hidden values with tangents; and the first gradients
     fixed = 2 * weights + N * row(3) + 4 * math.ceil(N / 4) + 64
     hidden = 2 * N * (row(40) + row(24))
     need = bytes_of(mlp(*widths, act=nn.ReLU), N, Q, 3)
     assert need >= 4 * (fixed + hidden)
-    assert need <= 4 * (fixed + hidden + 2 * N * (row(40) + row(24) + 2 * row(2)))
-    assert bytes_of(mlp(*widths, act=nn.ReLU), N, Q, 3, itemsize=8) > 1.8 * need
+    assert need <= 4 * (fixed + 6 * 4 + hidden + 2 * N * (row(40) + row(24) + 2 * row(2) + row(3)))
+    assert bytes_of(mlp(*widths, act=nn.ReLU), N, Q, 3, torch.float64) > 1.8 * need
 
 
 def test_what_fits_where() -> None:
@@ -210,17 +237,37 @@ def test_what_fits_where() -> None:
     why = cuda.misfit(problem, DEVICE, torch.float32, cuda.Sizes(5, 75))
     assert why is not None
     assert "a task with 5 support and 75 query examples needs 2" in why
-    need = cuda.needed_bytes(problem, 4, cuda.Sizes(5, 75), x_s=True, x_q=True, lr=True)
-    assert f"{need - cuda.shared_limit(DEVICE)} more" in why
+    plan = cuda.largest(problem, DEVICE, torch.float32, cuda.Sizes(5, 75))
+    team = "a block" if plan.blocks == 1 else "a cluster of 8 blocks"
+    assert why.endswith(f"{plan.bytes - plan.blocks * plan.limit} more than {team} can have")
+
+
+def test_as_few_blocks_as_have_room(clusters: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_for(mlp(2, 100, 100, 2), (2,), MSE())
+    assert cuda.supports(problem, DEVICE, torch.float32) is None
+    plan = lambda: cuda.largest(problem, DEVICE, torch.float32, cuda.Sizes(10, 10))  # noqa: E731
+    need = plan().bytes
+    for limit, blocks in (
+        (need, 1),
+        (need - 16, 2),
+        (need // 2 + 4096, 2),
+        (need // 2 - 16, 4),
+        (need // 5, 8),
+    ):
+        monkeypatch.setattr(cuda, "shared_limit", lambda device, limit=limit: limit // 16 * 16)
+        assert plan().blocks == blocks
+        assert plan().misfit is None
+    monkeypatch.setattr(cuda, "shared_limit", lambda device: need // 160 * 16)
+    assert "more than a cluster of 8 blocks can have" in (plan().misfit or "")
 
 
 def test_what_does_not_fit_says_so() -> None:
-    model = nn.Linear(300, 300)
-    x = torch.randn(2, 3, 300, device=DEVICE)
+    model = nn.Linear(500, 500)
+    x = torch.randn(2, 3, 500, device=DEVICE)
     model.to(DEVICE)
-    problem = problem_for(model, (300,), MSE())
+    problem = problem_for(model, (500,), MSE())
     assert choose(problem, DEVICE, torch.float32, None, cuda.Sizes(3, 3)) is not cuda
-    with pytest.raises(RuntimeError, match="more than a block can have"):
+    with pytest.raises(RuntimeError, match=r"more than a (block|cluster of 8 blocks) can have"):
         functional.value_and_grad(model, dict(model.named_parameters()), x, x, loss="mse", backend="cuda")
     many = nn.Sequential(*[nn.Tanh() for _ in range(60)])
     with pytest.raises(RuntimeError, match="at most 48 layer ops, not 60"):

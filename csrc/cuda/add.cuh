@@ -2,10 +2,10 @@
 #pragma once
 #include "elementwise.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 template <class T>
-FASTMAML_DEVICE void put_sum(T* to, Vec<T> a, const Vec<T>& b) {
+FASTMAML_DEVICE void put_sum(Place<T> to, Vec<T> a, const Vec<T>& b) {
 #pragma unroll
   for (int l = 0; l < lanes<T>; ++l) a.at[l] += b.at[l];
   store(to, a);
@@ -24,7 +24,7 @@ FASTMAML_DEVICE void add_forward(const OpRow& op, const Pass<T>& p) {
 }
 
 template <class T>
-FASTMAML_DEVICE void pass_on(int size, const T* from, T* to, int first) {
+FASTMAML_DEVICE void pass_on(int size, Place<T> from, Place<T> to, int first) {
   each(size / lanes<T>, [&](int i) { put(to + i * lanes<T>, load(from + i * lanes<T>), first); });
 }
 
@@ -41,4 +41,4 @@ FASTMAML_DEVICE void add_backward(const OpRow& op, const Pass<T>& p) {
   }
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

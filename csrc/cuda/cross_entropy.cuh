@@ -5,20 +5,20 @@
 #pragma once
 #include "pass.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // Writes the gradient and its tangent; returns this thread's part of the loss. A warp takes an example.
 template <bool Dual, class T>
-FASTMAML_DEVICE T cross_entropy(const Pass<T>& p, const int64_t* target, const T* share) {
+FASTMAML_DEVICE T cross_entropy(const Pass<T>& p, const int64_t* target, Place<T> share) {
   const int b = p.table.output, ld = p.ld(b), C = p.columns(b), width = p.width(b);
   const T smoothing = T(p.table.label_smoothing), off = smoothing / C, on = 1 - smoothing;
   T loss = 0;
   for (int n = warp(); n < p.rows(b); n += warps()) {
-    const T *const z = p.value(b) + n * ld, *const t_z = Dual ? p.t_value(b) + n * ld : z;
+    const Place<T> z = p.value(b) + n * ld, t_z = Dual ? p.t_value(b) + n * ld : z;
     const int64_t label = target[n];
     // a label out of range shows as NaN: to raise, the host would have to wait for it
     const T s = label >= 0 && label < C ? share[n] : log(T(-1));
-    T *const d = p.grad(b) + n * ld, *const t_d = Dual ? p.t_grad(b) + n * ld : d;
+    const Place<T> d = p.grad(b) + n * ld, t_d = Dual ? p.t_grad(b) + n * ld : d;
     T top = z[0], norm = 0, along = 0, expected = 0;
     for (int c = lane(); c < C; c += 32) top = z[c] > top ? z[c] : top;
     top = warp_max(top);
@@ -41,4 +41,4 @@ FASTMAML_DEVICE T cross_entropy(const Pass<T>& p, const int64_t* target, const T
   return loss;
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

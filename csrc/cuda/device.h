@@ -1,20 +1,62 @@
 // What the kernels need from nvcc; emulation/device.h has the same names for a host compiler.
 #pragma once
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include "table.h"
 
 #define FASTMAML_DEVICE __device__ __forceinline__
+// is there such a team on the architecture that is compiled for?
+#define FASTMAML_HAS_TEAM (!FASTMAML_CLUSTER || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 
 namespace fastmaml::cuda {
 
 // The block's dynamic shared memory. Named where it is used: handed on as a pointer, it would be one into any
 // memory, whose loads are slower.
 template <class T>
-FASTMAML_DEVICE T* shared() {
+FASTMAML_DEVICE T* own_shared() {
   extern __shared__ __align__(16) unsigned char memory[];
   return reinterpret_cast<T*>(memory);
 }
+
+// Waits for all of the grid, whose blocks must all be running: launch sees to that.
+FASTMAML_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+
+namespace FASTMAML_TEAM {
+#if FASTMAML_CLUSTER
+FASTMAML_DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+FASTMAML_DEVICE unsigned cluster_blocks() {
+  unsigned blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+// of each block, in bytes
+FASTMAML_DEVICE unsigned shared_bytes() {
+  unsigned bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+// What `own` points to in that block of the cluster
+template <class T>
+FASTMAML_DEVICE T* shared_of(unsigned block, T* own) {
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(block));
+  return there;
+}
+FASTMAML_DEVICE void sync_team() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+#else
+FASTMAML_DEVICE void sync_team() { __syncthreads(); }
+#endif
+}  // namespace FASTMAML_TEAM
 
 // A number rounded to TF32; two to bfloat16, the first in the lower half.
 FASTMAML_DEVICE uint32_t to_tf32(float v) {
@@ -57,11 +99,14 @@ inline int shared_limit(int device) {
   const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return error == cudaSuccess ? bytes : -int(reported(error));
 }
-// Is there code in this binary for the current device? An error if not.
+// Is there code in this binary for the current device, made for one of that compute capability or newer? An
+// error if not.
 template <class... Parameters>
-int has_code(void (*kernel)(Parameters...)) {
+int has_code(void (*kernel)(Parameters...), int least = 80) {
   cudaFuncAttributes found;
-  return reported(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel)));
+  if (const int error = reported(cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(kernel))))
+    return error;
+  return found.ptxVersion >= least ? 0 : cudaErrorNoKernelImageForDevice;
 }
 inline int devices() {
   int count = 0;
@@ -70,17 +115,46 @@ inline int devices() {
 // This runtime has a current device of its own, besides that of torch's.
 inline int use(int device) { return reported(cudaSetDevice(device)); }
 inline const char* error_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
+inline bool has_clusters(int device) {
+  int found = 0;
+  return reported(cudaDeviceGetAttribute(&found, cudaDevAttrClusterLaunch, device)) == cudaSuccess && found;
+}
 
+// Runs at most `teams` teams, as many as there is room for at once.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int bytes, void* stream,
+int launch(void (*kernel)(Parameters...), unsigned teams, const Team& team, void* stream,
            const Arguments&... arguments) {
-  if (bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return reported(error);
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  int error = 0, device = 0, processors = 0, most = 0;
+  if (team.bytes > 48 << 10)
+    error = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize, team.bytes);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {team.blocks, 1, 1};
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(teams * team.blocks);
+  config.blockDim = dim3(team.threads);
+  config.dynamicSmemBytes = team.bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = 1;
+  if (!error && team.blocks > 1) {
+    error = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
+  } else if (!error) {
+    error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (!error)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&most, code, int(team.threads), team.bytes);
+    most *= processors;
   }
-  kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return cudaGetLastError();
+  if (!error && most == 0) return cudaErrorLaunchOutOfResources;
+  config.gridDim.x = std::min(teams, unsigned(most)) * team.blocks;
+  config.attrs = team.blocks > 1 ? attributes : attributes + 1;
+  config.numAttrs = team.blocks > 1 ? 2 : 1;
+  if (!error) error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  return reported(cudaError_t(error));
 }
 
 }  // namespace fastmaml::cuda

@@ -3,15 +3,15 @@
 #pragma once
 #include "pass.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // to what is there, unless it is the first
 template <class T>
-FASTMAML_DEVICE void put(T* to, T v, int first) {
+FASTMAML_DEVICE void put(Place<T> to, T v, int first) {
   *to = first ? v : *to + v;
 }
 template <class T, int n>
-FASTMAML_DEVICE void put(T* to, Vec<T, n> v, int first) {
+FASTMAML_DEVICE void put(Place<T> to, Vec<T, n> v, int first) {
   if (!first) {
     const Vec<T, n> before = load<n>(to);
 #pragma unroll
@@ -55,4 +55,4 @@ FASTMAML_DEVICE void elementwise_backward(const OpRow& op, const Pass<T>& p, con
   });
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -3,7 +3,7 @@
 #include "elementwise.cuh"
 #include "leaky_relu.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // y of one output of one example before its (leaky) relu, and its tangent
 template <bool Dual, class T>
@@ -30,4 +30,4 @@ FASTMAML_DEVICE void put_grad_x(const OpRow& op, const Pass<T>& p, int at, Vec<T
   if (Dual) put(p.t_grad(op.in0) + at, t_g, op.first_in0);
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

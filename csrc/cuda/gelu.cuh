@@ -2,9 +2,9 @@
 //   exact  y = x F(x), F the normal distribution, f its density;  y' = F + x f;  y'' = f (2 - x^2)
 //   tanh   y = x (1 + t) / 2, t = tanh u, u = sqrt(2 / pi) (x + 0.044715 x^3)
 #pragma once
-#include "block.cuh"
+#include "team.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 struct Gelu {
   static constexpr bool of_output = false;
@@ -44,4 +44,4 @@ struct GeluTanh {
   }
 };
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -2,7 +2,7 @@
 #pragma once
 #include "norm.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 template <bool Dual, class T>
 FASTMAML_DEVICE void layer_norm_forward(int number, const OpRow& op, const Pass<T>& p) {
@@ -14,4 +14,4 @@ FASTMAML_DEVICE void layer_norm_backward(int number, const OpRow& op, const Pass
   norm_backward<true, Dual>(number, op, p);
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

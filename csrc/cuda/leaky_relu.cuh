@@ -1,8 +1,8 @@
 // y = x above zero, slope x below; relu is slope 0. The slope at 0 is that of the negative side, as in torch.
 #pragma once
-#include "block.cuh"
+#include "team.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 template <class T>
 FASTMAML_DEVICE T leaky_relu_of(T x, T slope) {
@@ -25,4 +25,4 @@ struct LeakyRelu {
   }
 };
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -8,7 +8,7 @@
 #pragma once
 #include "linear_mma.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // as many large tiles as this are preferred to small ones
 constexpr int enough_tiles = 96;
@@ -20,11 +20,11 @@ FASTMAML_DEVICE void linear_forward_tiles(const OpRow& op, const Pass<T>& p) {
   const ParamRow& q = p.table.param[op.w];
   const int rows = p.rows(op.in0), width = p.width(op.out), ldx = p.ld(op.in0), ldy = p.ld(op.out);
   const int tall = divide_up(rows, Tile), wide = divide_up(width, Tile);
-  const T *const x = p.value(op.in0), *const w = p.param(op.w);
-  const T* const t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
+  const Place<T> x = p.value(op.in0), w = p.param(op.w);
+  const Place<T> t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
   const ParamTangent<T> t_w = p.param_tangent(op.w);
   const bool moves = op.tangent_in0;
-  for (int tile = threadIdx.x; tile < tall * wide; tile += blockDim.x) {
+  for (int tile = thread(); tile < tall * wide; tile += threads()) {
     const int row = tile / wide, column = tile % wide;
     T sum[Tile][Tile] = {}, t_sum[Tile][Tile] = {};
     int at_x[Tile], at_w[Tile];
@@ -74,11 +74,13 @@ FASTMAML_DEVICE void linear_forward_tiles(const OpRow& op, const Pass<T>& p) {
   }
 }
 
-template <bool Dual, Precision P, class T>
+template <bool Dual, class T>
 FASTMAML_DEVICE void linear_forward(const OpRow& op, const Pass<T>& p) {
-  if constexpr (P != ieee)
-    linear_forward_mma<Dual, P>(op, p);
-  else if (divide_up(p.rows(op.in0), 4) * divide_up(p.width(op.out), 4) >= enough_tiles)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.precision == tf32) return linear_forward_mma<Dual, tf32>(op, p);
+    if (p.precision == bf16) return linear_forward_mma<Dual, bf16>(op, p);
+  }
+  if (divide_up(p.rows(op.in0), 4) * divide_up(p.width(op.out), 4) >= enough_tiles)
     linear_forward_tiles<Dual, 4>(op, p);
   else
     linear_forward_tiles<Dual, 2>(op, p);
@@ -90,9 +92,9 @@ FASTMAML_DEVICE void linear_backward_tiles(const OpRow& op, const Pass<T>& p) {
   const ParamRow& q = p.table.param[op.w];
   const int rows = p.rows(op.in0), ldx = p.ld(op.in0), ldd = p.ld(op.out);
   const int tall = divide_up(rows, Rows), wide = p.width(op.in0) / lanes<T>;
-  const T *const d = p.grad(op.out), *const t_d = Dual ? p.t_grad(op.out) : d, *const w = p.param(op.w);
+  const Place<T> d = p.grad(op.out), t_d = Dual ? p.t_grad(op.out) : d, w = p.param(op.w);
   const ParamTangent<T> t_w = p.param_tangent(op.w);
-  for (int tile = threadIdx.x; tile < tall * wide; tile += blockDim.x) {
+  for (int tile = thread(); tile < tall * wide; tile += threads()) {
     const int row = tile / wide, i = tile % wide * lanes<T>;
     Vec<T> sum[Rows] = {}, t_sum[Rows] = {};
     int at_d[Rows];
@@ -128,11 +130,13 @@ FASTMAML_DEVICE void linear_backward_tiles(const OpRow& op, const Pass<T>& p) {
   }
 }
 
-template <bool Dual, Precision P, class T>
+template <bool Dual, class T>
 FASTMAML_DEVICE void linear_backward(const OpRow& op, const Pass<T>& p) {
-  if constexpr (P != ieee)
-    linear_backward_mma<Dual, P>(op, p);
-  else if (divide_up(p.rows(op.in0), 4) * (p.width(op.in0) / lanes<T>) >= enough_tiles)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.precision == tf32) return linear_backward_mma<Dual, tf32>(op, p);
+    if (p.precision == bf16) return linear_backward_mma<Dual, bf16>(op, p);
+  }
+  if (divide_up(p.rows(op.in0), 4) * (p.width(op.in0) / lanes<T>) >= enough_tiles)
     linear_backward_tiles<Dual, 4>(op, p);
   else
     linear_backward_tiles<Dual, 1>(op, p);
@@ -145,12 +149,12 @@ FASTMAML_DEVICE void linear_weight_tiles(const OpRow& op, const Pass<T>& p) {
   const ParamGrad<T> to = p.param_grad(op.w, op.first_w);
   const int rows = p.rows(op.in0), ldx = p.ld(op.in0), ldd = p.ld(op.out);
   const int tall = divide_up(q.O, lanes<T>), wide = divide_up(q.I, lanes<T>);
-  const T *const x = p.value(op.in0), *const d = p.grad(op.out);
-  const T* const t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
-  const T* const t_d = Dual ? p.t_grad(op.out) : d;
+  const Place<T> x = p.value(op.in0), d = p.grad(op.out);
+  const Place<T> t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
+  const Place<T> t_d = Dual ? p.t_grad(op.out) : d;
   const bool moves = op.tangent_in0;
   T product = 0;
-  for (int tile = threadIdx.x; tile < tall * wide; tile += blockDim.x) {
+  for (int tile = thread(); tile < tall * wide; tile += threads()) {
     const int o = tile / wide * lanes<T>, i = tile % wide * lanes<T>;
     Vec<T> g[lanes<T>] = {}, t_g[lanes<T>] = {};
     for (int n = 0; n < rows; ++n) {
@@ -174,28 +178,29 @@ FASTMAML_DEVICE void linear_weight_tiles(const OpRow& op, const Pass<T>& p) {
   finish_products(p, op.w, product);
 }
 
-template <bool Plain, bool Dual, Precision P, class T>
+template <bool Plain, bool Dual, class T>
 FASTMAML_DEVICE void linear_weight_grads(const OpRow& op, const Pass<T>& p) {
-  if constexpr (P != ieee)
-    linear_weight_mma<Plain, Dual, P>(op, p);
-  else
-    linear_weight_tiles<Plain, Dual>(op, p);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (p.precision == tf32) return linear_weight_mma<Plain, Dual, tf32>(op, p);
+    if (p.precision == bf16) return linear_weight_mma<Plain, Dual, bf16>(op, p);
+  }
+  linear_weight_tiles<Plain, Dual>(op, p);
 }
 
-template <bool Dual, Precision P, class T>
+template <bool Dual, class T>
 FASTMAML_DEVICE void linear_param_grads(const OpRow& op, const Pass<T>& p) {
   if (p.wants_param_grad(op.w)) {
     if (!Dual)
-      linear_weight_grads<true, false, P>(op, p);
+      linear_weight_grads<true, false>(op, p);
     else if (p.multiplies || p.grad_primal != 0)
-      linear_weight_grads<true, true, P>(op, p);
+      linear_weight_grads<true, true>(op, p);
     else
-      linear_weight_grads<false, true, P>(op, p);
+      linear_weight_grads<false, true>(op, p);
   }
   if (p.wants_param_grad(op.b)) {
-    const ColumnTerm<T> d{p.grad(op.out), nullptr}, t_d{Dual ? p.t_grad(op.out) : nullptr, nullptr};
+    const ColumnTerm<T> d{p.grad(op.out), {}}, t_d{Dual ? p.t_grad(op.out) : d.a, {}};
     column_sums<Dual, 0>(p, op.b, op.first_b, op.out, d, t_d, t_d);
   }
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -3,14 +3,14 @@
 #include "folded.cuh"
 #include "mma.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 template <bool Dual, Precision P>
 FASTMAML_DEVICE void linear_forward_mma(const OpRow& op, const Pass<float>& p) {
   const ParamRow& q = p.table.param[op.w];
   const int rows = p.rows(op.in0), width = p.width(op.out), ldx = p.ld(op.in0), ldy = p.ld(op.out);
-  const float *const x = p.value(op.in0), *const w = p.param(op.w);
-  const float* const t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
+  const Place<float> x = p.value(op.in0), w = p.param(op.w);
+  const Place<float> t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
   const ParamTangent<float> t_w = p.param_tangent(op.w);
   each_tile(rows, width, [&](int row, int column) {
     TileSums sum{}, t_sum{};
@@ -42,7 +42,7 @@ template <bool Dual, Precision P>
 FASTMAML_DEVICE void linear_backward_mma(const OpRow& op, const Pass<float>& p) {
   const ParamRow& q = p.table.param[op.w];
   const int rows = p.rows(op.in0), width = p.width(op.in0), ldx = p.ld(op.in0), ldd = p.ld(op.out);
-  const float *const d = p.grad(op.out), *const t_d = Dual ? p.t_grad(op.out) : d, *const w = p.param(op.w);
+  const Place<float> d = p.grad(op.out), t_d = Dual ? p.t_grad(op.out) : d, w = p.param(op.w);
   const ParamTangent<float> t_w = p.param_tangent(op.w);
   each_tile(rows, width, [&](int row, int column) {
     TileSums sum{}, t_sum{};
@@ -66,9 +66,9 @@ FASTMAML_DEVICE void linear_weight_mma(const OpRow& op, const Pass<float>& p) {
   const ParamRow& q = p.table.param[op.w];
   const ParamGrad<float> to = p.param_grad(op.w, op.first_w);
   const int rows = p.rows(op.in0), width = p.width(op.in0), ldx = p.ld(op.in0), ldd = p.ld(op.out);
-  const float *const x = p.value(op.in0), *const d = p.grad(op.out);
-  const float* const t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
-  const float* const t_d = Dual ? p.t_grad(op.out) : d;
+  const Place<float> x = p.value(op.in0), d = p.grad(op.out);
+  const Place<float> t_x = Dual && op.tangent_in0 ? p.t_value(op.in0) : x;
+  const Place<float> t_d = Dual ? p.t_grad(op.out) : d;
   float product = 0;
   each_tile(q.O, width, [&](int row, int column) {
     TileSums g{}, t_g{};
@@ -88,4 +88,4 @@ FASTMAML_DEVICE void linear_weight_mma(const OpRow& op, const Pass<float>& p) {
   finish_products(p, op.w, product);
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -6,9 +6,9 @@
 // of a lane are two neighbours in rows l / 4 and l / 4 + 8. (PTX ISA, "Matrix Fragments for mma.m16n8k8 /
 // m16n8k16")
 #pragma once
-#include "block.cuh"
+#include "team.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 template <Precision P>
 constexpr int in_register = P == bf16 ? 2 : 1;
@@ -73,4 +73,4 @@ FASTMAML_DEVICE void each_tile(int rows, int columns, const F& f) {
     f(tile / wide * tile_rows, tile % wide * tile_columns);
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -4,11 +4,11 @@
 #pragma once
 #include "pass.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // Writes the gradient and its tangent; returns this thread's part of the loss.
 template <bool Dual, class T>
-FASTMAML_DEVICE T mse(const Pass<T>& p, const T* target, const T* share) {
+FASTMAML_DEVICE T mse(const Pass<T>& p, const T* target, Place<T> share) {
   const int b = p.table.output, ld = p.ld(b), C = p.columns(b), R = p.table.buffer[b].R;
   T loss = 0;
   each(p.rows(b), p.width(b), [&](int row, int c) {
@@ -21,4 +21,4 @@ FASTMAML_DEVICE T mse(const Pass<T>& p, const T* target, const T* share) {
   return loss;
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -11,7 +11,7 @@
 #include "elementwise.cuh"
 #include "leaky_relu.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // Layer norm (Across): a group is a row, and a warp takes it. Batch norm: a group is a column, and a thread
 // takes it, so that a warp reads along the rows.
@@ -23,8 +23,8 @@ struct Groups {
       : groups(Across ? rows : columns),
         count(Across ? columns : rows),
         ld(ld),
-        first(Across ? warp() : int(threadIdx.x)),
-        stride(Across ? warps() : int(blockDim.x)),
+        first(Across ? warp() : thread()),
+        stride(Across ? warps() : threads()),
         start(Across ? lane() : 0),
         step(Across ? 32 : 1) {}
   FASTMAML_DEVICE int at(int group, int i) const { return Across ? group * ld + i : i * ld + group; }
@@ -34,7 +34,7 @@ struct Groups {
 
 // zeros in what pads the rows
 template <class T>
-FASTMAML_DEVICE void pad(T* to, int rows, int columns, int width, int ld) {
+FASTMAML_DEVICE void pad(Place<T> to, int rows, int columns, int width, int ld) {
   each(rows, width - columns, [&](int row, int c) { to[row * ld + columns + c] = 0; });
 }
 
@@ -43,9 +43,9 @@ FASTMAML_DEVICE void norm_forward(int number, const OpRow& op, const Pass<T>& p)
   const int rows = p.rows(op.in0), C = p.columns(op.in0), ld = p.ld(op.in0), width = p.width(op.in0);
   const Groups<Across, T> g(rows, C, ld);
   const SavedPlace& saved = p.layout.saved[number];
-  T *const h = shared<T>() + saved.h, *const r = shared<T>() + saved.r, *const y = p.value(op.out);
-  const T *const z = p.value(op.in0), *const w = p.param(op.w < 0 ? 0 : op.w);
-  const T* const b = p.param(op.b < 0 ? 0 : op.b);
+  const Place<T> h = shared<T>() + saved.h, r = shared<T>() + saved.r, y = p.value(op.out);
+  const Place<T> z = p.value(op.in0), w = p.param(op.w < 0 ? 0 : op.w);
+  const Place<T> b = p.param(op.b < 0 ? 0 : op.b);
   const ParamTangent<T> t_w = p.param_tangent(op.w < 0 ? 0 : op.w),
                         t_b = p.param_tangent(op.b < 0 ? 0 : op.b);
   pad(h, rows, C, width, ld);
@@ -102,8 +102,8 @@ FASTMAML_DEVICE void norm_backward(int number, const OpRow& op, const Pass<T>& p
   const int rows = p.rows(op.in0), C = p.columns(op.in0), ld = p.ld(op.in0), width = p.width(op.in0);
   const Groups<Across, T> g(rows, C, ld);
   const SavedPlace& saved = p.layout.saved[number];
-  const T *const h = shared<T>() + saved.h, *const r = shared<T>() + saved.r, *const dy = p.grad(op.out);
-  const T* const w = p.param(op.w < 0 ? 0 : op.w);
+  const Place<T> h = shared<T>() + saved.h, r = shared<T>() + saved.r, dy = p.grad(op.out);
+  const Place<T> w = p.param(op.w < 0 ? 0 : op.w);
   const ParamTangent<T> t_w = p.param_tangent(op.w < 0 ? 0 : op.w);
   if (op.first_in0) pad(p.grad(op.in0), rows, C, width, ld);
   if (Dual && op.first_in0) pad(p.t_grad(op.in0), rows, C, width, ld);
@@ -148,8 +148,8 @@ FASTMAML_DEVICE void norm_backward(int number, const OpRow& op, const Pass<T>& p
 template <bool Dual, class T>
 FASTMAML_DEVICE void norm_param_grads(int number, const OpRow& op, const Pass<T>& p) {
   const SavedPlace& saved = p.layout.saved[number];
-  const T *const h = shared<T>() + saved.h, *const d = p.grad(op.out);
-  const T* const t_d = Dual ? p.t_grad(op.out) : d;
+  const Place<T> h = shared<T>() + saved.h, d = p.grad(op.out);
+  const Place<T> t_d = Dual ? p.t_grad(op.out) : d;
   if (p.wants_param_grad(op.w)) {
     const ColumnTerm<T> g{d, h}, t_g0{t_d, h}, t_g1{d, shared<T>() + saved.t_h};
     if (op.tangent_in0)
@@ -158,9 +158,9 @@ FASTMAML_DEVICE void norm_param_grads(int number, const OpRow& op, const Pass<T>
       column_sums<Dual, 1>(p, op.w, op.first_w, op.in0, g, t_g0, t_g1);
   }
   if (p.wants_param_grad(op.b)) {
-    const ColumnTerm<T> g{d, nullptr}, t_g{t_d, nullptr};
+    const ColumnTerm<T> g{d, {}}, t_g{t_d, {}};
     column_sums<Dual, 0>(p, op.b, op.first_b, op.in0, g, t_g, t_g);
   }
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -1,8 +1,8 @@
 // One sweep over a program for one task: what an op finds and where it writes.
 #pragma once
-#include "block.cuh"
+#include "team.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // Where the gradient g of a parameter goes, element by element, and with it in a dual sweep its tangent t_g:
 //   dst = base + scale rates g                   (plain)      the fast weights, W - a g
@@ -44,16 +44,17 @@ struct Pass {
   bool t_scaled = false;
   const T* lr = nullptr;  // [S], of this step
   int S = 1;
+  Precision precision = ieee;
 
   FASTMAML_DEVICE int ld(int b) const { return table.buffer[b].ld; }
   FASTMAML_DEVICE int columns(int b) const { return table.buffer[b].C; }
   FASTMAML_DEVICE int width(int b) const { return whole_vectors<T>(table.buffer[b].C); }
   FASTMAML_DEVICE int rows(int b) const { return layout.n * table.buffer[b].R; }
-  FASTMAML_DEVICE T* value(int b) const { return shared<T>() + layout.buffers[b].value; }
-  FASTMAML_DEVICE T* t_value(int b) const { return shared<T>() + layout.buffers[b].t_value; }
-  FASTMAML_DEVICE T* grad(int b) const { return shared<T>() + layout.buffers[b].grad; }
-  FASTMAML_DEVICE T* t_grad(int b) const { return shared<T>() + layout.buffers[b].t_grad; }
-  FASTMAML_DEVICE const T* param(int p) const { return shared<T>() + table.w + table.param[p].at; }
+  FASTMAML_DEVICE Place<T> value(int b) const { return shared<T>() + layout.buffers[b].value; }
+  FASTMAML_DEVICE Place<T> t_value(int b) const { return shared<T>() + layout.buffers[b].t_value; }
+  FASTMAML_DEVICE Place<T> grad(int b) const { return shared<T>() + layout.buffers[b].grad; }
+  FASTMAML_DEVICE Place<T> t_grad(int b) const { return shared<T>() + layout.buffers[b].t_grad; }
+  FASTMAML_DEVICE Place<T> param(int p) const { return shared<T>() + table.w + table.param[p].at; }
 
   // Is the gradient of a buffer wanted that moves with the parameters, or only with x?
   FASTMAML_DEVICE bool wants_grad(int moves) const { return moves || x_grad; }
@@ -154,7 +155,7 @@ FASTMAML_DEVICE void finish_products(const Pass<T>& p, int param, T product) {
 // matrix.
 template <class T>
 struct ColumnTerm {
-  const T *a, *b;
+  Place<T> a, b;
 };
 template <bool Ones, class T>
 FASTMAML_DEVICE void add_term(Vec<T>& sum, const ColumnTerm<T>& term, int at) {
@@ -171,8 +172,7 @@ FASTMAML_DEVICE void column_sums(const Pass<T>& p, int param, int first, int buf
   const ParamGrad<T> to = p.param_grad(param, first);
   const int rows = p.rows(buffer), columns = p.columns(buffer), ld = p.ld(buffer);
   T product = 0;
-  for (int c = (int(blockDim.x) - 1 - int(threadIdx.x)) * lanes<T>; c < columns;
-       c += int(blockDim.x) * lanes<T>) {
+  for (int c = (threads() - 1 - thread()) * lanes<T>; c < columns; c += threads() * lanes<T>) {
     Vec<T> sum{}, t_sum{};
     for (int r = 0; r < rows; ++r) {
       add_term<ones>(sum, g, r * ld + c);
@@ -184,4 +184,4 @@ FASTMAML_DEVICE void column_sums(const Pass<T>& p, int param, int first, int buf
   finish_products(p, param, product);
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

@@ -22,6 +22,8 @@ struct Sizes {
   int64_t x_s, x_q;   // are the gradients of x wanted?
   int64_t lr;         // is that of the step sizes?
   int64_t threads;    // of a block; 0: as suits the sizes
+  int64_t limit;      // bytes of shared memory that a block can have
+  int64_t blocks;     // of a cluster, at most
 };
 
 // Numbers in memory from `begin` to `end` of a sweep's time.
@@ -59,11 +61,22 @@ class Planner {
   Planner(const Program& program, const Sizes& sizes, Table& table)
       : p_(program), s_(sizes), t_(table), lanes_(16 / sizes.itemsize) {}
 
+  // by as few blocks as have room for it, or as many as there may be
   void plan() {
     t_ = Table{};
     check();
     rows();
     flags();
+    for (t_.blocks = 1;; t_.blocks *= 2) {
+      threads();
+      fill();
+      t_.block_numbers = static_cast<int>(round_up((t_.numbers + t_.blocks - 1) / t_.blocks, lanes_));
+      if (t_.block_numbers * s_.itemsize <= s_.limit || 2 * t_.blocks > s_.blocks) return;
+    }
+  }
+
+ private:
+  void fill() {
     int64_t at = 0;
     auto take = [&](int64_t n) {
       const int64_t begin = at;
@@ -71,14 +84,13 @@ class Planner {
       return static_cast<int>(begin);
     };
     const int64_t n = std::max(s_.N, s_.Q);
-    threads();
     t_.w = take(t_.P);
     t_.v = s_.adjoint ? take(t_.P) : -1;
     t_.u = s_.curvature || (t_.tied && s_.N > 0) ? take(t_.P) : -1;
     t_.x = take(n * p_.buffers[0].R * t_.buffer[0].ld);
     t_.share = take(n);
     t_.partial = take(2 * 32);
-    t_.products = s_.lr ? take(t_.params * (t_.threads / 32)) : -1;
+    t_.products = s_.lr ? take(t_.params * t_.blocks * (t_.threads / 32)) : -1;
     int64_t end = at;
     if (s_.N > 0) end = std::max(end, lay_out(of_step, s_.N, false, s_.lr && !s_.dual_step, false, at));
     if (s_.dual_step) end = std::max(end, lay_out(of_adjoint, s_.N, true, true, s_.x_s, at));
@@ -88,7 +100,6 @@ class Planner {
     t_.numbers = static_cast<int>(end);
   }
 
- private:
   static int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
   // An odd number of 16-byte vectors, so that vectors of 8 rows below each other lie in different banks.
   int64_t row_length(int64_t n) const {
@@ -176,7 +187,7 @@ class Planner {
     for (const OpRow& o : t_.op)
       if (o.w >= 0 && o.kind == linear)
         most = std::max<int64_t>(most, int64_t(t_.param[o.w].O) * t_.param[o.w].I);
-    t_.threads = s_.threads ? int(s_.threads) : most > 128 * 16 ? 256 : 128;
+    t_.threads = s_.threads ? int(s_.threads) : most > 128 * 16 || t_.blocks > 1 ? 256 : 128;
   }
 
   // Time: op i runs forward at i, the loss at `ops`, op i backward at `back(i)`. Its parameters' gradients

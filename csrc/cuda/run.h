@@ -1,18 +1,20 @@
-// A call: the inner loop, and the sums over tasks (host code).
+// A call (host code).
 #pragma once
 #include "task.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
-template <class T, Precision P>
+template <class T>
 int run(const Table& table, const Call& call, const Sums& sums, void* stream) {
-  int error = launch(inner_loop_kernel<T, P>, unsigned(call.T), unsigned(table.threads),
-                     table.numbers * int(sizeof(T)), stream, table, call);
-  int64_t size = 0;
-  for (int i = 0; i < sums.count; ++i) size += sums.of[i].size;
-  if (!error && size > 0)
-    error = launch(sum_tasks_kernel<T>, unsigned((size + 255) / 256), 256u, 0, stream, sums);
-  return error;
+  const Team team{unsigned(table.blocks), unsigned(table.threads), table.block_numbers * int(sizeof(T))};
+  return launch(inner_loop_kernel<T>, unsigned(call.T), team, stream, table, call, sums);
 }
 
-}  // namespace fastmaml::cuda
+int run(const Table& table, const Call& call, const Sums& sums, int itemsize, void* stream) {
+  return itemsize == 8 ? run<double>(table, call, sums, stream) : run<float>(table, call, sums, stream);
+}
+
+// 0, or an error if this binary has no code for the current device
+int why_absent() { return has_code(inner_loop_kernel<float>, FASTMAML_CLUSTER ? 90 : 80); }
+
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

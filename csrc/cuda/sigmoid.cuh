@@ -1,8 +1,8 @@
 // y = 1 / (1 + e^-x);  y' = y (1 - y);  y'' / y' = 1 - 2 y
 #pragma once
-#include "block.cuh"
+#include "team.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 template <class T>
 FASTMAML_DEVICE T sigmoid_of(T x) {
@@ -22,4 +22,4 @@ struct Sigmoid {
   }
 };
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

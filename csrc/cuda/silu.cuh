@@ -2,7 +2,7 @@
 #pragma once
 #include "sigmoid.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 struct Silu {
   static constexpr bool of_output = false;
@@ -18,4 +18,4 @@ struct Silu {
   }
 };
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

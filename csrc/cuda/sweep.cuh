@@ -12,7 +12,7 @@
 #include "silu.cuh"
 #include "tanh.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 // f(activation) of the op's kind
 template <class T, class F>
@@ -48,25 +48,25 @@ FASTMAML_DEVICE void forward_op(int number, const OpRow& op, const Pass<T>& p) {
 }
 
 // An op that no parameter precedes has no tangent, and no gradient unless that of x is wanted.
-template <bool Dual, Precision P, class T>
+template <bool Dual, class T>
 FASTMAML_DEVICE void forward(const Pass<T>& p) {
   for (int i = 0; i < p.table.ops; ++i) {
     const OpRow& op = p.table.op[i];
     if (op.kind == linear)
-      linear_forward<Dual, P>(op, p);
+      linear_forward<Dual>(op, p);
     else if (Dual && op.tangent_out)
       forward_op<true>(i, op, p);
     else
       forward_op<false>(i, op, p);
-    __syncthreads();
+    sync_team();
   }
 }
 
-template <bool Dual, Precision P, class T>
+template <bool Dual, class T>
 FASTMAML_DEVICE void backward_op(int number, const OpRow& op, const Pass<T>& p) {
   switch (op.kind) {
     case linear:
-      return linear_backward<Dual, P>(op, p);
+      return linear_backward<Dual>(op, p);
     case batch_norm:
       return batch_norm_backward<Dual>(number, op, p);
     case layer_norm:
@@ -80,7 +80,7 @@ FASTMAML_DEVICE void backward_op(int number, const OpRow& op, const Pass<T>& p) 
 
 // The gradients of the buffers, a barrier, and those of the parameters, which may write over what the former
 // read. The next op's may begin before they end: plan.h lets what they read last until then.
-template <bool Dual, Precision P, class T>
+template <bool Dual, class T>
 FASTMAML_DEVICE void backward(const Pass<T>& p) {
   for (int i = p.table.ops; i-- > 0;) {
     const OpRow& op = p.table.op[i];
@@ -88,22 +88,22 @@ FASTMAML_DEVICE void backward(const Pass<T>& p) {
     if (op.kind == add)
       add_backward<Dual>(op, p);
     else if (p.wants_grad(op.tangent_in0))
-      backward_op<Dual, P>(i, op, p);
-    __syncthreads();
-    if (op.kind == linear) linear_param_grads<Dual, P>(op, p);
+      backward_op<Dual>(i, op, p);
+    sync_team();
+    if (op.kind == linear) linear_param_grads<Dual>(op, p);
     if (op.kind == batch_norm || op.kind == layer_norm) norm_param_grads<Dual>(i, op, p);
   }
-  __syncthreads();
+  sync_team();
 }
 
 // Writes the gradient of the output; returns this thread's part of the loss. No barrier follows.
 template <bool Dual, class T>
 FASTMAML_DEVICE T loss(const Pass<T>& p, const Set& set, int64_t task) {
   const BufferRow& out = p.table.buffer[p.table.output];
-  const T* const share = shared<T>() + p.table.share;
+  const Place<T> share = shared<T>() + p.table.share;
   if (p.table.loss == mse_loss)
     return mse<Dual>(p, static_cast<const T*>(set.target) + task * set.n * out.R * out.C, share);
   return cross_entropy<Dual>(p, static_cast<const int64_t*>(set.target) + task * set.n, share);
 }
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

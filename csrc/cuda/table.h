@@ -4,6 +4,16 @@
 #pragma once
 #include <cstdint>
 
+// What shares a task; code for both is compiled apart, from the same source.
+#ifndef FASTMAML_CLUSTER
+#  define FASTMAML_CLUSTER 0
+#endif
+#if FASTMAML_CLUSTER
+#  define FASTMAML_TEAM cluster
+#else
+#  define FASTMAML_TEAM one_block
+#endif
+
 namespace fastmaml::cuda {
 
 constexpr int most_ops = 48, most_buffers = most_ops + 1, most_params = 64;
@@ -60,16 +70,17 @@ enum LayoutOf : int { of_step, of_adjoint, of_query, layouts };
 
 struct Table {
   int ops, params, buffers, output, loss;
-  int P;           // numbers of a set of weights in shared memory
-  int flat_P;      // length of the flat vector
-  int tied;        // does an op find the gradient of its parameter begun by another?
-  int dual_query;  // has the query set a dual sweep (Tail::curvature)?
-  int w, v, u;     // sets of weights; -1 where there is none
-  int x, share;    // the examples of the current set; the share of each in the mean
-  int partial;     // of sums over the block: one number a warp
-  int products;    // <v, g> of each parameter: one number a warp
-  int numbers;     // of shared memory in all
-  int threads;
+  int P;                       // numbers of a set of weights in shared memory
+  int flat_P;                  // length of the flat vector
+  int tied;                    // does an op find the gradient of its parameter begun by another?
+  int dual_query;              // has the query set a dual sweep (Tail::curvature)?
+  int w, v, u;                 // sets of weights; -1 where there is none
+  int x, share;                // the examples of the current set; the share of each in the mean
+  int partial;                 // of sums over the block: one number a warp
+  int products;                // <v, g> of each parameter: one number a warp
+  int numbers;                 // of shared memory in all
+  int blocks;                  // that share a task
+  int threads, block_numbers;  // of each
   double label_smoothing;
   OpRow op[most_ops];
   ParamRow param[most_params];
@@ -89,7 +100,7 @@ struct Set {
 struct Call {
   int64_t T, K, S,
       every;  // S: step sizes of a step: 1, params or flat_P; every: from one stored W_k to the next
-  int64_t tail, first_order;
+  int64_t tail, first_order, precision;
   double scale;  // of the losses and gradients of tail_loss
   const void* params[most_params];
   int64_t own[most_params];  // per parameter: has each task one?
@@ -119,6 +130,12 @@ constexpr int most_sums = 3;
 struct Sums {
   Sum of[most_sums];
   int64_t count, T;
+};
+
+// The blocks that share a task, for a launch.
+struct Team {
+  unsigned blocks, threads;
+  int bytes;  // of a block's shared memory
 };
 
 }  // namespace fastmaml::cuda

@@ -1,8 +1,8 @@
 // y = tanh x;  y' = 1 - y^2;  y'' / y' = -2 y
 #pragma once
-#include "block.cuh"
+#include "team.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 struct Tanh {
   static constexpr bool of_output = true;
@@ -17,4 +17,4 @@ struct Tanh {
   }
 };
 
-}  // namespace fastmaml::cuda
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

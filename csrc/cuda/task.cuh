@@ -1,15 +1,15 @@
-// One task, by one block: K inner steps, the tail, and the adjoint
+// One task, by one team: K inner steps, the tail, and the adjoint
 //   v_k = v_{k+1} - H_k (a_k v_{k+1}),   dL/da_k = -<v_{k+1}, g_k>
 // in turns, each of them one sweep: so that either sweep is compiled once. The current W, v and the buffers
 // of one sweep are in shared memory, the W_k of earlier steps in global memory.
 #pragma once
 #include "sweep.cuh"
 
-namespace fastmaml::cuda {
+namespace fastmaml::cuda::FASTMAML_TEAM {
 
 enum class Turn { descend, query, adjoint, done };
 
-template <class T, Precision P>
+template <class T>
 struct Task {
   const Table& table;
   const Call& call;
@@ -55,7 +55,8 @@ struct Task {
       });
     }
   }
-  FASTMAML_DEVICE void copy(const T* from, T* to) const {
+  template <class From, class To>  // memory of either kind
+  FASTMAML_DEVICE void copy(From from, To to) const {
     each(table.P / lanes<T>, [&](int i) { store(to + i * lanes<T>, load(from + i * lanes<T>)); });
   }
 
@@ -124,6 +125,7 @@ struct Task {
   FASTMAML_DEVICE Pass<T> pass() const {
     Pass<T> p{table, table.layout[turn == Turn::query ? of_query : dual() ? of_adjoint : of_step]};
     p.S = static_cast<int>(call.S);
+    p.precision = static_cast<Precision>(call.precision);
     p.lr = numbers(call.lr) + k * call.S;
     if (turn == Turn::descend) {
       p.grad_base = table.w;
@@ -151,15 +153,15 @@ struct Task {
 
   template <bool Dual>
   FASTMAML_DEVICE void sweep(const Pass<T>& p) const {
-    forward<Dual, P>(p);
+    forward<Dual>(p);
     if (turn == Turn::query && call.tail == tail_output) {
       copy_output(p);
     } else {
       const T part = warp_sum(loss<Dual>(p, set(), task));
       if (lane() == 0) shared<T>()[table.partial + warp()] = part;
     }
-    __syncthreads();
-    if (turn != Turn::query || table.v >= 0 || call.grad_x_q) backward<Dual, P>(p);
+    sync_team();
+    if (turn != Turn::query || table.v >= 0 || call.grad_x_q) backward<Dual>(p);
   }
 
   FASTMAML_DEVICE void copy_output(const Pass<T>& p) const {
@@ -200,7 +202,7 @@ struct Task {
           lr_row()[i] = -sum;
         });
     } else {
-      if (call.loss && threadIdx.x == 0)
+      if (call.loss && thread() == 0)
         for (int i = 0; i < warps(); ++i) total += query_scale() * shared<T>()[table.partial + i];
       if (!p.x_grad) return;
       if (dual())
@@ -242,7 +244,7 @@ struct Task {
   FASTMAML_DEVICE void run() {
     for (; turn != Turn::done; next()) {
       begin();
-      __syncthreads();
+      sync_team();
       if (turn == Turn::query && call.tail == tail_weights) {
         if (call.out) store_flat(table.w, call.out);
         if (call.seed) load_flat(table.v, call.seed);
@@ -254,34 +256,44 @@ struct Task {
           sweep<false>(p);
         end(p);
       }
-      __syncthreads();
+      sync_team();
     }
     if (call.grads) store_flat(table.v, call.grads);
-    if (call.loss && threadIdx.x == 0) static_cast<T*>(call.loss)[task] = total;
+    if (call.loss && thread() == 0) static_cast<T*>(call.loss)[task] = total;
   }
 };
 
-// One block a multiprocessor is all that the bound asks for: with more in mind, ptxas spills for sm_100 and
-// 120.
-template <class T, Precision P>
-__global__ void __launch_bounds__(256, 1)
-    inner_loop_kernel(const __grid_constant__ Table table, const __grid_constant__ Call call) {
-  Task<T, P>{table, call, int64_t(blockIdx.x)}.run();
-}
-
+// Rows of all tasks, added up by all teams
 template <class T>
-__global__ void __launch_bounds__(256, 1) sum_tasks_kernel(const __grid_constant__ Sums sums) {
-  int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+FASTMAML_DEVICE void sum_tasks(const Sums& sums) {
   for (int s = 0; s < sums.count; ++s) {
     const Sum& of = sums.of[s];
-    if (i < of.size) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < of.size;
+         i += int64_t(gridDim.x) * blockDim.x) {
       T sum = 0;
       for (int64_t t = 0; t < sums.T; ++t) sum += static_cast<const T*>(of.rows)[t * of.size + i];
       static_cast<T*>(of.total)[i] = sum;
-      return;
     }
-    i -= of.size;
   }
 }
 
-}  // namespace fastmaml::cuda
+// There are as many teams as run at once, or as tasks.
+// One block a multiprocessor is all that the bound asks for: with more in mind, ptxas spills for sm_100 and
+// 120.
+template <class T>
+__global__ void __launch_bounds__(256, 1)
+    inner_loop_kernel(const __grid_constant__ Table table, const __grid_constant__ Call call,
+                      const __grid_constant__ Sums sums) {
+#if FASTMAML_HAS_TEAM
+  sync_team();  // every block of it runs: now the others may reach its memory
+  for (int64_t task = team(); task < call.T; task += teams()) {
+    Task<T>{table, call, task}.run();
+    sync_team();
+  }
+  if (sums.count == 0) return;
+  sync_grid();
+  sum_tasks<T>(sums);
+#endif
+}
+
+}  // namespace fastmaml::cuda::FASTMAML_TEAM

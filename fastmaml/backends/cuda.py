@@ -1,7 +1,8 @@
-"""The `cuda` backend: one launch runs the whole inner loop, the tail and the adjoint, a block for each task.
+"""The `cuda` backend: one launch runs the whole inner loop, the tail, the adjoint and the sums over tasks.
 
-The weights of a task and the activations of one step lie in the block's shared memory, so networks must be
-small: `misfit` says by how much one is too large. The formulas are in csrc/cuda/<op>.cuh, the recursion in
+A block takes a task, or where that is too large for one, on GPUs that have them, a cluster of 2 to 8 blocks.
+The weights of a task and the activations of one step lie in their shared memory, so networks must be small:
+`misfit` says by how much one is too large. The formulas are in csrc/cuda/<op>.cuh, the recursion in
 csrc/cuda/task.cuh. The kernels are called by ctypes, in the library that nvcc made; or, for tests, on CPU
 tensors in one that a host compiler made of the same source (`make emulation`): FASTMAML_EMULATE=1, set before
 fastmaml is imported, takes that.
@@ -40,7 +41,10 @@ _MOST_THREADS = 256  # the launch bound of csrc/cuda/task.cuh
 class _Sizes(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("itemsize", "N", "Q", "adjoint", "dual_step", "curvature", "x_s", "x_q", "lr", "threads")
+        for name in (
+            *("itemsize", "N", "Q", "adjoint", "dual_step", "curvature", "x_s", "x_q", "lr"),
+            *("threads", "limit", "blocks"),
+        )
     ]
 
 
@@ -50,7 +54,7 @@ class _Set(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_int64) for name in ("T", "K", "S", "every", "tail", "first_order")],
+        *[(name, ctypes.c_int64) for name in ("T", "K", "S", "every", "tail", "first_order", "precision")],
         ("scale", ctypes.c_double),
         ("params", ctypes.c_void_p * _MOST_PARAMS),
         ("own", ctypes.c_int64 * _MOST_PARAMS),
@@ -93,11 +97,12 @@ def _load(path: str) -> ctypes.CDLL | None:
     if not hasattr(library, "fastmaml_cuda_run"):
         return None
     for name, arguments in {
-        "plan": [ctypes.c_char_p, *[ctypes.c_void_p] * 4, ctypes.c_char_p],
-        "run": [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 3, ctypes.c_void_p],
+        "plan": [ctypes.c_char_p, *[ctypes.c_void_p] * 3, ctypes.c_char_p],
+        "run": [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2, ctypes.c_void_p],
         "error": [ctypes.c_int],
         "shared_limit": [ctypes.c_int],
         "has_code": [ctypes.c_int],
+        "blocks": [ctypes.c_int],
     }.items():
         getattr(library, f"fastmaml_cuda_{name}").argtypes = arguments
     library.fastmaml_cuda_table_size.restype = ctypes.c_int64
@@ -173,24 +178,23 @@ class Sizes(NamedTuple):
 
 
 def misfit(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: Sizes | None) -> str | None:
-    """Why a problem that it `supports` does not fit in shared memory, None if it does.
+    """Why a problem that it `supports` does not fit in shared memory, with all of its gradients; None if it
+    does.
 
-    The bytes are those of `needed_bytes`, to the limit of the device.
+    In there are two sets of weights (three where one is used twice, and for second derivatives), the
+    examples, and what is alive at once of the activations and their gradients and tangents.
     """
     if sizes is None:
         return "it does not run within torch.compile"
     _threads()
     try:
         N, Q = sizes
-        need = needed_bytes(problem, dtype.itemsize, sizes, x_s=N > 0, x_q=Q > 0, lr=N > 0)
+        plan = largest(problem, device, dtype, sizes)
     except ValueError as error:
         return str(error)
-    most = shared_limit(device)
-    if need <= most:
-        return None
-    N, Q = sizes
-    what = f"{N} support and {Q} query examples" if N else f"{Q} examples"
-    return f"a task with {what} needs {need} bytes of shared memory, {need - most} more than a block can have"
+    if why := plan.misfit:
+        return f"a task with {f'{N} support and {Q} query examples' if N else f'{Q} examples'} {why}"
+    return None
 
 
 def _index(device: torch.device) -> int:
@@ -212,19 +216,33 @@ def _shared_limit(index: int) -> int:
     return most
 
 
-def needed_bytes(problem: "Problem", itemsize: int, sizes: Sizes, **more: bool) -> int:
-    """Of shared memory, by a task with gradients: two sets of weights (three where one is used twice, and for
-    second derivatives), the examples, and what is alive at once of the activations and their gradients and
-    tangents. more: which of the gradients by x_s, x_q and lr are wanted too."""
+def largest(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: Sizes) -> "Plan":
+    """What a call with all gradients needs."""
     N, Q = sizes
-    how = {**more, "N": N, "Q": Q, "adjoint": 1, "dual_step": N > 0, "curvature": N == 0}
-    return _plan(problem, itemsize, **how).bytes
+    how = {"adjoint": 1, "dual_step": N > 0, "curvature": N == 0, "x_s": N > 0, "x_q": Q > 0, "lr": N > 0}
+    return _plan(problem, dtype.itemsize, device, N=N, Q=Q, **how)
 
 
-class _Plan(NamedTuple):
+@cache
+def _most_blocks(index: int) -> int:
+    """Of a cluster on that GPU, 1 where it has none."""
+    return _library().fastmaml_cuda_blocks(index)
+
+
+class Plan(NamedTuple):
     table: ctypes.Array[ctypes.c_char]
-    bytes: int
+    bytes: int  # of shared memory that a task needs
     P: int  # numbers of a set of weights
+    blocks: int  # that share a task
+    limit: int  # bytes of shared memory that each of them can have
+
+    @property
+    def misfit(self) -> str | None:
+        most = self.limit * self.blocks
+        team = "a block" if self.blocks == 1 else f"a cluster of {self.blocks} blocks"
+        if self.bytes <= most:
+            return None
+        return f"needs {self.bytes} bytes of shared memory, {self.bytes - most} more than {team} can have"
 
 
 def _threads() -> int:
@@ -237,19 +255,20 @@ def _threads() -> int:
     return int(given)
 
 
-def _plan(problem: "Problem", itemsize: int, **sizes: int) -> _Plan:
-    threads = _threads()
-    key = "cuda plan", itemsize, threads, *sizes.items()
+def _plan(problem: "Problem", itemsize: int, device: torch.device, **sizes: int) -> Plan:
+    threads, limit, blocks = _threads(), shared_limit(device), _most_blocks(_index(device))
+    key = "cuda plan", itemsize, threads, limit, blocks, *sizes.items()
     if key not in problem.memo:
         library = _library()
         table = ctypes.create_string_buffer(library.fastmaml_cuda_table_size())
-        need, P, why = ctypes.c_int64(), ctypes.c_int64(), ctypes.create_string_buffer(256)
-        given = _Sizes(itemsize=itemsize, threads=threads, **{n: int(v) for n, v in sizes.items()})
+        found, why = (ctypes.c_int64 * 3)(), ctypes.create_string_buffer(256)
+        of = {**sizes, "itemsize": itemsize, "threads": threads, "limit": limit, "blocks": blocks}
+        given = _Sizes(**{n: int(v) for n, v in of.items()})
         text = problem.encoded[itemsize].encode()
-        out = ctypes.byref(need), ctypes.byref(P), why
-        if library.fastmaml_cuda_plan(text, ctypes.byref(given), table, *out):
+        if library.fastmaml_cuda_plan(text, ctypes.byref(given), table, found, why):
             raise ValueError(why.value.decode())
-        problem.memo[key] = _Plan(table, need.value, P.value)
+        need, P, blocks = found
+        problem.memo[key] = Plan(table, need, P, blocks, limit)
     return problem.memo[key]
 
 
@@ -270,6 +289,7 @@ def run(q: Request) -> Result:
     plan = _plan(
         q.problem,
         itemsize,
+        x.device,
         N=0 if q.support is None or K == 0 else q.support.x.shape[1],
         Q=0 if q.query is None else q.query.x.shape[1],
         adjoint=adjoint,
@@ -279,16 +299,13 @@ def run(q: Request) -> Result:
         x_q="x_q" in q.want,
         lr="lr" in q.want,
     )
-    most = shared_limit(x.device)
-    if plan.bytes > most:
-        raise RuntimeError(
-            f"backend 'cuda' cannot run this: it needs {plan.bytes} bytes of shared memory, {most} are there"
-        )
+    if why := plan.misfit:
+        raise RuntimeError(f"backend 'cuda' cannot run this: it {why}")
     with nullcontext() if EMULATED else torch.cuda.device(x.device):
         return _run(q, plan, T, K, itemsize, adjoint)
 
 
-def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) -> Result:
+def _run(q: Request, plan: Plan, T: int, K: int, itemsize: int, adjoint: bool) -> Result:
     x, problem, program = q.like, q.problem, q.problem.program
     assert program is not None
     P = problem.layouts[itemsize][1]
@@ -321,8 +338,9 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
     sets = (K - 1) // every + every - 1 if adjoint and K > 0 else 0  # as Task::stored in csrc/cuda/task.cuh
     stored = x.new_empty(T, sets, plan.P) if sets else None
     weights = _step_weights(problem, q.step_weights, x) if q.step_weights else None
+    rounding = precision.PRECISIONS.index(precision.chosen(q.precision))
     call = _Call(
-        T, K, S, every, _TAILS[q.tail], q.first_order, q.scale,
+        T, K, S, every, _TAILS[q.tail], q.first_order, rounding, q.scale,
         (ctypes.c_void_p * _MOST_PARAMS)(*map(_pointer, q.params)), (ctypes.c_int64 * _MOST_PARAMS)(*q.own),
         _pointer(q.lr), _pointer(weights), _set(q.support), _set(q.query),
         *map(_pointer, (q.seed, q.grad_loss, stored)), sets,
@@ -330,8 +348,8 @@ def _run(q: Request, plan: _Plan, T: int, K: int, itemsize: int, adjoint: bool) 
     )  # fmt: skip
     stream = None if EMULATED else torch.cuda.current_stream(x.device).cuda_stream
     tables = plan.table, ctypes.byref(call), ctypes.byref(sums)
-    library, rounding = _library(), precision.PRECISIONS.index(precision.chosen(q.precision))
-    error = library.fastmaml_cuda_run(*tables, itemsize, rounding, _index(x.device), stream)
+    library = _library()
+    error = library.fastmaml_cuda_run(*tables, itemsize, _index(x.device), stream)
     if error:
         raise RuntimeError(f"backend 'cuda': {library.fastmaml_cuda_error(error).decode()}")
     if result.loss is not None and not q.per_task:

@@ -1,5 +1,6 @@
 // What the tests of the CUDA kernels share: calls of every kind with random data, run by the kernels, on the
-// host, and by the engine of csrc/cpu (whose own tests are tests/cpp). After cuda/emulation/device.h.
+// host, and by the engine of csrc/cpu (whose own tests are tests/cpp). After cuda/emulation/device.h, with
+// FASTMAML_CLUSTER as in csrc/cuda/table.h.
 #pragma once
 #include <cstdio>
 #include <limits>
@@ -183,8 +184,8 @@ struct Numbers {
   }
 };
 
-template <class T, cuda::Precision P>
-Results on_cuda(const Program& p, const How& how, const Data& d, int64_t threads) {
+template <class T>
+Results on_cuda(const Program& p, const How& how, const Data& d, cuda::Precision precision, int64_t threads) {
   Numbers<T> v(d);
   const Wanted w(how);
   cuda::Sizes sizes{sizeof(T),
@@ -196,11 +197,14 @@ Results on_cuda(const Program& p, const How& how, const Data& d, int64_t threads
                     w.x_s,
                     w.x_q,
                     w.lr,
-                    threads};
+                    threads,
+                    FASTMAML_CLUSTER ? 0 : INT32_MAX,  // 0: as many blocks as there may be
+                    FASTMAML_CLUSTER ? 4 : 1};
   cuda::Table table;
   cuda::Planner(p, sizes, table).plan();
   cuda::Call c{};
   c.T = d.T, c.K = how.K, c.S = d.S, c.tail = int64_t(how.tail), c.first_order = how.first_order;
+  c.precision = precision;
   c.every = how.checkpoint_every > 0 ? how.checkpoint_every : std::max<int64_t>(how.K, 1);
   c.scale = how.tail == Tail::loss ? 0.7 : 1;
   for (std::size_t i = 0; i < p.params.size(); ++i)
@@ -225,7 +229,7 @@ Results on_cuda(const Program& p, const How& how, const Data& d, int64_t threads
   cuda::Sums sums{};
   sums.T = d.T;
   if (w.grads && d.T > 1) sums.of[sums.count++] = {c.grads, fresh(total, true, p.P), p.P};
-  if (cuda::run<T, P>(table, c, sums, nullptr)) fail("error", 1, 0);
+  if (cuda::FASTMAML_TEAM::run<T>(table, c, sums, nullptr)) fail("error", 1, 0);
   for (int64_t i = 0; i < p.P && sums.count; ++i) {
     T sum = 0;
     for (int64_t t = 0; t < d.T; ++t) sum += v.grads[t * p.P + i];
@@ -235,15 +239,16 @@ Results on_cuda(const Program& p, const How& how, const Data& d, int64_t threads
 }
 
 // Every result, in every order of the threads: within the bound of the engine's, and the same bits each time.
-template <class T, cuda::Precision P>
-void check_call(const std::string& name, const Program& p, const How& how, const Data& d, int64_t threads,
-                const std::vector<const char*>& orders, double bound) {
+template <class T>
+void check_call(const std::string& name, const Program& p, const How& how, const Data& d,
+                cuda::Precision precision, int64_t threads, const std::vector<const char*>& orders,
+                double bound) {
   const Results wanted = on_cpu(p, how, d);
   Results first;
   for (const char* order : orders) {
     now = name + ", " + how.name + ", " + order;
     setenv("FASTMAML_EMULATE_ORDER", order, 1);
-    const Results r = on_cuda<T, P>(p, how, d, threads);
+    const Results r = on_cuda<T>(p, how, d, precision, threads);
     check("out", r.out, wanted.out, bound);
     check("loss", r.loss, wanted.loss, bound);
     check("grads", r.grads, wanted.grads, bound);

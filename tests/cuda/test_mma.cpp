@@ -43,8 +43,8 @@ Data whole_numbers(const Program& p, const How& how, int64_t N, int64_t Q) {
   return d;
 }
 
-template <cuda::Precision P>
-void check_whole_numbers(const char* name, int64_t threads, const std::vector<const char*>& orders, int nth) {
+void check_whole_numbers(const char* name, cuda::Precision precision, int64_t threads,
+                         const std::vector<const char*>& orders, int nth) {
   int number = 0;
   // the last takes more tiles than a block of 64 has warps, and two of each along every axis
   const int64_t sizes[][5] = {{3, 5, 1, 4, 1}, {17, 9, 4, 4, 2}, {8, 16, 8, 4, 16}, {33, 21, 2, 4, 32}};
@@ -53,7 +53,7 @@ void check_whole_numbers(const char* name, int64_t threads, const std::vector<co
       if (++number % nth != 0) continue;
       const Program p = two_layers(I, H, O);
       const std::string at = ", widths " + std::to_string(I) + " " + std::to_string(H);
-      check_call<float, P>(name + at, p, how, whole_numbers(p, how, N, Q), threads, orders, 0);
+      check_call<float>(name + at, p, how, whole_numbers(p, how, N, Q), precision, threads, orders, 0);
     }
 }
 
@@ -64,8 +64,8 @@ int main(int count, char** arguments) {
   const int nth = count > 2 ? std::atoi(arguments[2]) : 1;
   std::vector<const char*> orders = {"forward", "reverse", "random:1"};
   if (nth > 1) orders = {"forward"};
-  check_whole_numbers<cuda::tf32>("tf32", threads, orders, nth);
-  check_whole_numbers<cuda::bf16>("bf16", threads, orders, nth);
+  check_whole_numbers("tf32", cuda::tf32, threads, orders, nth);
+  check_whole_numbers("bf16", cuda::bf16, threads, orders, nth);
   const std::pair<const char*, Program> models[] = {
       {"mlp", programs::mlp(4)}, {"tied", programs::tied(false)}, {"columns", programs::columns()}};
   int number = 0;
@@ -74,7 +74,7 @@ int main(int count, char** arguments) {
       if (++number % nth != 0) continue;
       Program p = model;
       p.loss = fastmaml::Loss::mse;
-      check_call<float, cuda::tf32>(name, p, how, draw(p, how, 2), threads, orders, tf32_bound);
+      check_call<float>(name, p, how, draw(p, how, 2), cuda::tf32, threads, orders, tf32_bound);
     }
   std::printf("ok\n");
 }

@@ -1,10 +1,10 @@
-// Runs the kernels' source on the host, for tests: every thread of a block as a fiber of one thread of the
+// Runs the kernels' source on the host, for tests: every thread of two teams as a fiber of one thread of the
 // machine, switched at barriers and shuffles; or, with FASTMAML_EMULATE_THREADS, as a thread of its own, for
-// ThreadSanitizer. Blocks run one after another.
+// ThreadSanitizer.
 //
 // What it finds besides wrong values: threads that wait at different barriers or leave one out; what is read
 // of shared memory before it is written (it starts as NaN); under sanitizers, accesses out of bounds,
-// misaligned ones, and races within a block.
+// misaligned ones, and races within a team.
 #pragma once
 #include <math.h>
 
@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <string>
@@ -35,6 +36,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define FASTMAML_DEVICE inline
+#define FASTMAML_HAS_TEAM 1
 
 namespace fastmaml::emulation {
 
@@ -51,10 +53,18 @@ struct Warp {
   std::atomic<uint32_t> operands[32][6];
 };
 
-enum class State { running, at_barrier, in_warp, finished };
+constexpr unsigned resident = 2;  // teams that run at once
+
+// The shared memory of a block, allocated to the byte, so that AddressSanitizer sees what lies beyond. It
+// starts as NaN.
+using Memory = std::vector<char>;
+
+enum class State { running, at_team, at_grid, in_warp, finished };
 
 struct Thread {
-  Index index, block, threads;
+  Index index, block, threads, blocks;
+  unsigned rank = 0;         // of the block in its team
+  Memory* shared = nullptr;  // of the first block of its team; those of the others follow
   Warp* warp = nullptr;
   State state = State::running;
   int line = 0;  // of the barrier that it waits at
@@ -66,29 +76,26 @@ struct Thread {
 };
 
 inline thread_local Thread* current = nullptr;
-inline std::vector<char> memory;  // the block's shared memory, on a boundary of 16 bytes from `shared_at` on
-inline char* shared_at = nullptr;
 inline std::mutex one_launch;
+inline cuda::Team shape;  // of the launch's teams
+inline unsigned team_threads() { return shape.blocks * shape.threads; }
 
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "fastmaml emulation: %s\n", what.c_str());
   std::abort();
 }
 
-// Fills shared memory with NaN. It is allocated to the byte, so that AddressSanitizer sees what lies beyond.
-inline void reset_shared(std::size_t bytes) {
-  memory.assign(bytes, static_cast<char>(0xff));
-  shared_at = memory.data();
-  if (bytes && reinterpret_cast<uintptr_t>(shared_at) % 16) fail("shared memory is not aligned");
-}
-
 #ifdef FASTMAML_EMULATE_THREADS
-inline pthread_barrier_t barrier;
-inline void wait_for_block(int) { pthread_barrier_wait(&barrier); }
+inline pthread_barrier_t of_team[resident], of_grid;
+inline void wait_for(State others, int) {
+  const unsigned team = current->block.x / shape.blocks;
+  pthread_barrier_wait(others == State::at_grid ? &of_grid : &of_team[team]);
+}
 inline void yield() { std::this_thread::yield(); }
 #else
 inline std::function<void()> body;
-inline std::vector<std::vector<char> > stacks;  // kept from one launch to the next
+constexpr std::size_t stack_bytes = 256 << 10;
+inline std::vector<std::unique_ptr<char[]> > stacks;  // kept from one launch to the next
 #  ifdef __SANITIZE_ADDRESS__  // it does not like longjmp from one stack to another; swapcontext is slower
 inline ucontext_t scheduler;
 inline void yield() { swapcontext(&current->context, &scheduler); }
@@ -109,8 +116,8 @@ inline void resume(Thread& t) {
   setcontext(&t.context);
 }
 #  endif
-inline void wait_for_block(int line) {
-  current->state = State::at_barrier;
+inline void wait_for(State others, int line) {
+  current->state = others;
   current->line = line;
   yield();
 }
@@ -193,21 +200,19 @@ void multiply_tiles(Sums& sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 #ifdef FASTMAML_EMULATE_THREADS
-inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
-                       const std::function<void()>& f) {
-  pthread_barrier_init(&barrier, nullptr, static_cast<unsigned>(all.size()));
-  for (unsigned b = 0; b < blocks; ++b) {
-    reset_shared(bytes);
-    std::vector<std::thread> running;
-    for (Thread& t : all)
-      running.emplace_back([&f, &t, b] {
-        current = &t;
-        t.block.x = b;
-        f();
-      });
-    for (std::thread& t : running) t.join();
-  }
-  pthread_barrier_destroy(&barrier);
+inline void run(std::vector<Thread>& all, const std::function<void()>& f) {
+  const unsigned teams = static_cast<unsigned>(all.size()) / team_threads();
+  for (unsigned t = 0; t < teams; ++t) pthread_barrier_init(&of_team[t], nullptr, team_threads());
+  pthread_barrier_init(&of_grid, nullptr, static_cast<unsigned>(all.size()));
+  std::vector<std::thread> running;
+  for (Thread& t : all)
+    running.emplace_back([&f, &t] {
+      current = &t;
+      f();
+    });
+  for (std::thread& t : running) t.join();
+  for (unsigned t = 0; t < teams; ++t) pthread_barrier_destroy(&of_team[t]);
+  pthread_barrier_destroy(&of_grid);
 }
 #else
 // The order in which threads run between two barriers: FASTMAML_EMULATE_ORDER, forward, reverse, or
@@ -232,44 +237,51 @@ struct Order {
   }
 };
 
+inline bool waits(const Thread& t) {
+  return t.state == State::at_team || t.state == State::at_grid || t.state == State::finished;
+}
+
 // Runs every thread to its next barrier, or to its end: true if that was the end of all.
 inline bool run_to_barrier(std::vector<Thread>& all, Order& order) {
   for (bool again = true; again;) {
     again = false;
     for (std::size_t i : order.next()) {
       Thread& t = all[i];
-      if (t.state == State::at_barrier || t.state == State::finished) continue;
+      if (waits(t)) continue;
       resume(t);
       again |= t.state == State::in_warp;
     }
   }
-  for (Thread& t : all) {
-    if (t.state != all[0].state) fail("some threads ended, others wait at a barrier");
-    if (t.line != all[0].line) fail("threads wait at different barriers");
+  bool at_grid = true, finished = true;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const Thread &t = all[i], &first = all[i / team_threads() * team_threads()];
+    if (t.state != first.state) fail("some threads of a team ended, others wait at a barrier");
+    if (t.line != first.line) fail("threads of a team wait at different barriers");
+    at_grid &= t.state == State::at_grid;
+    finished &= t.state == State::finished;
   }
-  if (all[0].state == State::finished) return true;
-  for (Thread& t : all) t.state = State::running;
+  if (finished) return true;
+  bool any = at_grid;
+  for (Thread& t : all) {
+    any |= t.state == State::at_team;
+    if (t.state == State::at_team || at_grid) t.state = State::running;
+  }
+  if (!any) fail("some teams ended, others wait for them");
   return false;
 }
 
-inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t bytes,
-                       const std::function<void()>& f) {
+inline void run(std::vector<Thread>& all, const std::function<void()>& f) {
   Order order(all.size());
   body = f;
-  stacks.resize(std::max(stacks.size(), all.size()));
+  while (stacks.size() < all.size()) stacks.emplace_back(new char[stack_bytes]);
   for (std::size_t i = 0; i < all.size(); ++i) {
     Thread& t = all[i];
-    stacks[i].resize(256 << 10);
     getcontext(&t.context);
-    t.context.uc_stack.ss_sp = stacks[i].data(), t.context.uc_stack.ss_size = stacks[i].size();
+    t.context.uc_stack.ss_sp = stacks[i].get(), t.context.uc_stack.ss_size = stack_bytes;
     t.context.uc_link = nullptr;
     makecontext(&t.context, fiber, 0);
   }
-  for (unsigned b = 0; b < blocks; ++b) {
-    reset_shared(bytes);
-    for (Thread& t : all) t.block.x = b, t.state = State::running, t.line = 0;
-    while (!run_to_barrier(all, order)) {
-    }
+  while (!run_to_barrier(all, order)) {
   }
 }
 #endif
@@ -279,15 +291,26 @@ inline void run_blocks(unsigned blocks, std::vector<Thread>& all, std::size_t by
 #define threadIdx (fastmaml::emulation::current->index)
 #define blockIdx (fastmaml::emulation::current->block)
 #define blockDim (fastmaml::emulation::current->threads)
-#define __syncthreads() fastmaml::emulation::wait_for_block(__LINE__)
+#define gridDim (fastmaml::emulation::current->blocks)
+#define sync_team() fastmaml::emulation::wait_for(fastmaml::emulation::State::at_team, __LINE__)
+#define sync_grid() fastmaml::emulation::wait_for(fastmaml::emulation::State::at_grid, __LINE__)
 #define __shfl_xor_sync(mask, v, lanes) fastmaml::emulation::shuffle_xor(v, lanes)
 
 namespace fastmaml::cuda {
 
 template <class T>
-FASTMAML_DEVICE T* shared() {
-  return reinterpret_cast<T*>(emulation::shared_at);
+FASTMAML_DEVICE T* own_shared() {
+  return reinterpret_cast<T*>(emulation::current->shared[emulation::current->rank].data());
 }
+template <class T>
+FASTMAML_DEVICE T* shared_of(unsigned block, T* own) {
+  if (block >= emulation::shape.blocks) emulation::fail("there is no such block in the cluster");
+  return reinterpret_cast<T*>(emulation::current->shared[block].data()) + (own - own_shared<T>());
+}
+FASTMAML_DEVICE unsigned cluster_rank() { return emulation::current->rank; }
+FASTMAML_DEVICE unsigned cluster_blocks() { return emulation::shape.blocks; }
+FASTMAML_DEVICE unsigned shared_bytes() { return unsigned(emulation::shape.bytes); }
+FASTMAML_DEVICE unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 
 // as the instructions round: TF32 keeps 10 bits, ties away from zero
 inline uint32_t to_tf32(float v) {
@@ -302,10 +325,11 @@ void multiply_add(Sums& sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::multiply_tiles<P>(sum, a, b);
 }
 
-// that of sm_90 and sm_100
+// those of sm_90 and sm_100
 inline int shared_limit(int) { return 227 << 10; }
+inline bool has_clusters(int) { return true; }
 template <class... Parameters>
-int has_code(void (*)(Parameters...)) {
+int has_code(void (*)(Parameters...), int) {
   return 0;
 }
 inline int devices() { return 0; }
@@ -313,17 +337,25 @@ inline int use(int) { return 0; }
 inline const char* error_text(int) { return "the emulation has no such error"; }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, int bytes, void*,
+int launch(void (*kernel)(Parameters...), unsigned teams, const Team& team, void*,
            const Arguments&... arguments) {
   const std::lock_guard<std::mutex> alone(emulation::one_launch);
-  if (threads % 32) emulation::fail("a block must be whole warps");
-  std::vector<emulation::Warp> warps(threads / 32);
-  std::vector<emulation::Thread> all(threads);
-  for (unsigned i = 0; i < threads; ++i) {
-    all[i].index.x = i, all[i].threads.x = threads;
-    all[i].warp = &warps[i / 32];
+  if (team.threads % 32) emulation::fail("a block must be whole warps");
+  emulation::shape = team;
+  const unsigned blocks = std::min(teams, emulation::resident) * team.blocks;
+  std::vector<emulation::Memory> memory(blocks, emulation::Memory(team.bytes, static_cast<char>(0xff)));
+  std::vector<emulation::Warp> warps(blocks * team.threads / 32);
+  std::vector<emulation::Thread> all(blocks * team.threads);
+  for (unsigned i = 0; i < all.size(); ++i) {
+    emulation::Thread& t = all[i];
+    t.index.x = i % team.threads, t.threads.x = team.threads;
+    t.block.x = i / team.threads, t.blocks.x = blocks;
+    t.rank = t.block.x % team.blocks;
+    t.shared = &memory[t.block.x - t.rank];
+    t.warp = &warps[i / 32];
+    if (reinterpret_cast<uintptr_t>(t.shared->data()) % 16) emulation::fail("shared memory is not aligned");
   }
-  emulation::run_blocks(blocks, all, static_cast<std::size_t>(bytes), [&] { kernel(arguments...); });
+  emulation::run(all, [&] { kernel(arguments...); });
   return 0;
 }
 

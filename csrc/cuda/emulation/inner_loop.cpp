@@ -1,4 +1,5 @@
-// The kernels for tests on a machine without a GPU.
+// The kernels for tests on a machine without a GPU: a task by a block.
 #include "device.h"
 //
 #include "../entry.h"
+#include "../run.h"
