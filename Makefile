@@ -35,7 +35,11 @@ $(V)/.installed: $(V)/.torch pyproject.toml
 	$(PIP) --quiet --no-deps --ignore-requires-python "ttsem==0.1.0"
 	touch $@
 
-$(V)/.built: $(V)/.installed setup.py setup_cuda.py $(CSRC)
+# What setup.py reads besides files: written where it is new, so that another architecture builds again.
+BUILD_SETTINGS := $(TORCH_CUDA_ARCH_LIST) $(FASTMAML_CUDA) $(CUDA_HOME)
+$(shell mkdir -p build; echo '$(BUILD_SETTINGS)' | cmp -s - build/settings || echo '$(BUILD_SETTINGS)' > build/settings)
+
+$(V)/.built: $(V)/.installed setup.py setup_cuda.py build/settings $(CSRC)
 	$(V)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
