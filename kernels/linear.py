@@ -4,8 +4,10 @@ Tangents: t_y = f' (t_x w^T + x t_w^T + t_b);  t_grad_x = t_g w + g t_w;  t_grad
 with g the gradient by x w^T + b. The gradient by w is not stored for its own sake: `Update` is its epilogue.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .elementwise import load_grad, store_activated
 from .norm import norm_arguments, norm_forward, norm_tile
@@ -279,9 +281,9 @@ def linear_backward_weight_kernel(
         )  # fmt: skip
 
 
-# precision -> the longest block of the axis that is summed, and of the others. Without tensor cores the
+# operands -> the longest block of the axis that is summed, and of the others. Without tensor cores the
 # operands of a block lie in registers: 64 x 64 blocks spill.
-LONGEST = {"ieee": (16, 32), "tf32": (32, 64), "bf16": (32, 64)}
+LONGEST = {"float64": (16, 32), "ieee": (16, 32), "tf32": (32, 64), "bf16": (32, 64)}
 if INTERPRETED.value:  # a tile costs a millisecond there, whatever its size
     LONGEST = dict.fromkeys(LONGEST, (64, 64))
 
@@ -290,19 +292,21 @@ if INTERPRETED.value:  # a tile costs a millisecond there, whatever its size
 MOST_NORMED = 128
 
 
-def tile(M: int, I: int, O: int, *, reduce: str, precision: str, whole: str = "") -> dict[str, int]:
-    """Blocks of a product: as large as the sizes want, and at least what a tensor core takes.
+def tile(x: Tensor, I: int, O: int, *, reduce: str, precision: str, whole: str = "") -> dict[str, int]:
+    """Blocks of a product of x [T, M, I], or its gradient, and w [T, O, I], or its own: as large as the sizes
+    want, and at least what a tensor core takes.
 
     whole: M or O, of which one block is to hold all
     """
-    along, across = LONGEST[precision]
+    M, operands = x.shape[1], "float64" if x.dtype == torch.float64 else precision
+    along, across = LONGEST[operands]
     sizes = {"M": M, "I": I, "O": O}
     most = dict.fromkeys(sizes, across) | {reduce: along}
     if whole and sizes[whole] > across:
         most |= {"M": 16, "O": 16} | {whole: MOST_NORMED}
     blocks = {f"BLOCK_{n}": power_of_two(size, 16, most[n]) for n, size in sizes.items()}
-    # the forward kernel's operands of bfloat16 lie in registers twice
-    most_of_4 = 32 * 32 * (32 if (reduce, precision) == ("I", "bf16") else 64)
+    # what 4 warps have registers for: the forward kernel's operands of bfloat16 lie there twice
+    most_of_4 = 32 * 32 * {"float64": 8, "bf16": 32 if reduce == "I" else 64}.get(operands, 64)
     large = blocks["BLOCK_M"] * blocks["BLOCK_I"] * blocks["BLOCK_O"] > most_of_4
     return blocks | {"num_warps": 8 if large else 4}
 
@@ -319,7 +323,7 @@ def linear_forward(
     """
     (T, M, I), O = x.value.shape, y.value.shape[2]
     fused = norm if norm and (M, O)[norm.axis] <= MOST_NORMED else None
-    blocks = tile(M, I, O, reduce="I", precision=precision, whole="MO"[fused.axis] if fused else "")
+    blocks = tile(x.value, I, O, reduce="I", precision=precision, whole="MO"[fused.axis] if fused else "")
     b, z = b or Param(w.value), z or NOTHING
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(O, blocks["BLOCK_O"])
     linear_forward_kernel[grid](
@@ -341,7 +345,7 @@ def linear_backward_input(
 ) -> None:  # fmt: skip
     """The gradient by x [T, M, I] from that by y [T, M, O], or its tangent: written, or added to x's."""
     (T, M, I), O = x.value.shape, y.value.shape[2]
-    blocks = tile(M, I, O, reduce="O", precision=precision)
+    blocks = tile(x.value, I, O, reduce="O", precision=precision)
     grid = T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_input_kernel[grid](
         y.grad, y.t_grad, slopes_from(y, z, act), None if z is None else z.t_value,
@@ -360,7 +364,7 @@ def linear_backward_weight(
     (T, M, I), O = x.value.shape, y.value.shape[2]
     if update_w is None:
         I = 1
-    blocks = tile(M, I, O, reduce="M", precision=precision)
+    blocks = tile(x.value, I, O, reduce="M", precision=precision)
     grid = T, triton.cdiv(O, blocks["BLOCK_O"]), triton.cdiv(I, blocks["BLOCK_I"])
     linear_backward_weight_kernel[grid](
         x.value, y.grad, x.t_value, y.t_grad, slopes_from(y, z, act), None if z is None else z.t_value,

@@ -209,7 +209,7 @@ def test_bounds_alignment_and_undefined_behaviour(
     engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]
 ) -> None:
     skip_unless_all(every, test, team)
-    done = run(build(engine, test, tmp_path, flags=[*ASAN, *team]), 32 if team else 64, 7 if team else 3)
+    done = run(build(engine, test, tmp_path, flags=[*ASAN, *team]), 32 if team else 64, 7 if team else 4)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -222,7 +222,7 @@ def test_races(engine: list[Path], tmp_path: Path, every: int, test: Path, team:
     flags = [*TSAN, *team]
     sound = build(engine, test, tmp_path, flags=flags)
     threads = 32 if team else 64
-    done = [run(sound, threads, 9) for _ in range(4 if team else 8)]
+    done = [run(sound, threads, 9) for _ in range(4)]
     assert all(d.returncode == 0 for d in done), "\n".join(d.stdout + d.stderr for d in done)
     csrc = planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")
     racy = build(engine, test, tmp_path / "race", csrc, flags)

@@ -13,7 +13,15 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("arch", "precision"),
-    [("80", "tf32"), ("90", "ieee"), ("100", "bf16"), ("120", "ieee"), ("80", "float64"), ("100", "float64")],
+    [
+        ("80", "tf32"),
+        ("90", "ieee"),
+        ("100", "bf16"),
+        ("120", "ieee"),
+        ("80", "float64"),
+        ("100", "float64"),
+        ("120", "float64"),
+    ],
 )
 def test_a_network_compiles_without_spills(arch: str, precision: str, tmp_path: Path, every: int) -> None:
     if every > 1 and (arch, precision) not in (("80", "tf32"), ("90", "ieee"), ("100", "float64")):
