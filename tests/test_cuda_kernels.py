@@ -1,7 +1,9 @@
 """The CUDA kernels' source on the CPU: against the engine of csrc/cpu, under sanitizers, with planted faults."""
 
+import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -219,14 +221,14 @@ def test_races(engine: list[Path], tmp_path: Path, every: int, test: Path, team:
     """ThreadSanitizer, which sees a race in most runs, not in each: so there are several, and one is planted."""
     if every > 1 and team:
         pytest.skip("the same code by more blocks: --all runs it")
-    flags = [*TSAN, *team]
-    sound = build(engine, test, tmp_path, flags=flags)
     threads = 32 if team else 64
+    sources = {"sound": CSRC, "racy": planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")}
+    built = lambda name: build(engine, test, tmp_path / name, sources[name], [*TSAN, *team])  # noqa: E731
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        sound, racy = pool.map(built, sources)
     done = [run(sound, threads, 9) for _ in range(4)]
     assert all(d.returncode == 0 for d in done), "\n".join(d.stdout + d.stderr for d in done)
-    csrc = planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")
-    racy = build(engine, test, tmp_path / "race", csrc, flags)
-    runs = (run(racy, threads, 5) for _ in range(5))
+    runs = (run(racy, threads, 6) for _ in range(5))
     assert any("data race" in d.stderr for d in runs)
 
 
