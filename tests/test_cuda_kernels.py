@@ -187,9 +187,9 @@ EACH_TEST = pytest.mark.parametrize("test", [INNER_LOOP, MMA], ids=lambda test: 
 EACH_TEAM = pytest.mark.parametrize("team", [[], CLUSTER], ids=["one_block", "cluster"])
 
 
-def skip_unless_all(every: int, test: Path, team: list[str]) -> None:
-    if every > 1 and team and test == MMA:
-        pytest.skip("one of the rarer pairs: --all runs it")
+def only_with_all(every: int, rare: bool) -> None:
+    if every > 1 and rare:
+        pytest.skip("the same code by more blocks: --all runs it")
 
 
 @EACH_TEAM
@@ -197,7 +197,7 @@ def skip_unless_all(every: int, test: Path, team: list[str]) -> None:
 def test_against_the_cpu_engine_in_every_order_of_the_threads(
     engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]
 ) -> None:
-    skip_unless_all(every, test, team)
+    only_with_all(every, bool(team) and test == MMA)
     strict = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     runs = build(engine, test, tmp_path, flags=[*strict, *team])
     for threads in (32,) if team else (32, 64, 256):
@@ -210,7 +210,7 @@ def test_against_the_cpu_engine_in_every_order_of_the_threads(
 def test_bounds_alignment_and_undefined_behaviour(
     engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]
 ) -> None:
-    skip_unless_all(every, test, team)
+    only_with_all(every, bool(team) and test == MMA)
     done = run(build(engine, test, tmp_path, flags=[*ASAN, *team]), 32 if team else 64, 7 if team else 4)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -219,8 +219,7 @@ def test_bounds_alignment_and_undefined_behaviour(
 @EACH_TEST
 def test_races(engine: list[Path], tmp_path: Path, every: int, test: Path, team: list[str]) -> None:
     """ThreadSanitizer, which sees a race in most runs, not in each: so there are several, and one is planted."""
-    if every > 1 and team:
-        pytest.skip("the same code by more blocks: --all runs it")
+    only_with_all(every, bool(team))
     threads = 32 if team else 64
     sources = {"sound": CSRC, "racy": planted(RACE, CSRC, tmp_path / "race" / "csrc", "cuda")}
     built = lambda name: build(engine, test, tmp_path / name, sources[name], [*TSAN, *team])  # noqa: E731

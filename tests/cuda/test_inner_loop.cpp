@@ -43,12 +43,8 @@ int main(int count, char** arguments) {
       if (p.buffers[p.output].R > 1) p.loss = fastmaml::Loss::mse;
       p.label_smoothing = number % 4 == 0 ? 0.1 : 0;
       const bool is_large = p.buffers[p.ops.empty() ? 0 : p.ops[0].out].C == large_width;
-      // three take more turns than there are teams at once
-      const Data d = draw(p, how,
-                          nth > 5           ? 1
-                          : number % 3 == 0 ? 3
-                                            : 2,
-                          is_large ? 21 : 5, is_large ? 23 : 3);
+      const int64_t tasks = 2 + (number % 3 == 0);  // three are more than there are teams at once
+      const Data d = draw(p, how, nth > 5 ? 1 : tasks, is_large ? 21 : 5, is_large ? 23 : 3);
       check_call<double>(name, p, how, d, cuda::ieee, threads, orders, 1e-10);
     }
   }
