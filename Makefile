@@ -6,6 +6,8 @@ TRITON ?= 3.8.0
 # torch releases that check-wheel runs the tests on; the wheel itself is built against $(TORCH)
 CHECK_TORCH ?= 2.13.0 2.10.0
 ARGS ?=
+# tests at once; 0: one after another, in this process
+JOBS ?= 2
 
 V := .venv
 PIP := $(V)/bin/python -m pip install --disable-pip-version-check
@@ -39,19 +41,29 @@ $(V)/.installed: $(V)/.torch pyproject.toml
 BUILD_SETTINGS := $(TORCH_CUDA_ARCH_LIST) $(FASTMAML_CUDA) $(CUDA_HOME)
 $(shell mkdir -p build; echo '$(BUILD_SETTINGS)' | cmp -s - build/settings || echo '$(BUILD_SETTINGS)' > build/settings)
 
-$(V)/.built: $(V)/.installed setup.py setup_cuda.py build/settings $(CSRC)
+# Two recipes at once: nvcc is at work on the kernels while pip fetches.
+MAKEFLAGS += --jobs=2
+
+build/.kernels: setup_cuda.py build/settings $(CUDA) csrc/program.h
+	$(PYTHON) setup_cuda.py
+	touch $@
+
+$(V)/.built: $(V)/.installed build/.kernels setup.py $(CSRC)
 	$(V)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
-$(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed
+$(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed | setup
 	FASTMAML_CPP=0 $(PIP) --quiet --no-build-isolation -e ".[$*]"
 	touch $@
 
+# Threads that wait do so asleep: the other tests want their core.
+PYTEST := OMP_WAIT_POLICY=passive $(V)/bin/python -m pytest -n $(JOBS) --dist worksteal
+
 test: setup emulation
-	$(V)/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: setup emulation
-	$(V)/bin/python -m pytest --all $(ARGS)
+	$(PYTEST) --all $(ARGS)
 
 # The CUDA kernels for the CPU, which FASTMAML_EMULATE=1 takes: for tests where there is no GPU.
 EMULATION := build/emulation/libfastmaml_cuda.so

@@ -9,7 +9,6 @@ out, =1 fails without them; TORCH_CUDA_ARCH_LIST names the architectures. See se
 """
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,24 +24,8 @@ DEFINES = [
 ]
 
 
-def why_no_cpp() -> str | None:
-    """The reason to install pure Python, or None when the extension is to be built."""
-    if os.environ.get("FASTMAML_CPP", "1") == "0":
-        return "FASTMAML_CPP=0"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler):
-        return None
-    if "CXX" not in os.environ and shutil.which("g++"):
-        os.environ["CXX"] = "g++"
-        return None
-    return f"no C++ compiler ({compiler}) found"
-
-
 def paths(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob(pattern))
-
-
-KERNEL_SOURCES = [*paths("program.h"), *paths("cuda/*.*")]
 
 
 def extension() -> dict:
@@ -56,7 +39,7 @@ def extension() -> dict:
         "fastmaml._C",
         paths("*.cpp") + paths("cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
-        depends=[*paths("**/*.h"), *KERNEL_SOURCES, "setup.py", "setup_cuda.py"],
+        depends=[*paths("**/*.h"), *setup_cuda.SOURCES, "setup.py", "setup_cuda.py"],
         define_macros=DEFINES,
         extra_compile_args=["-O3", "-g0", "-fno-wrapv", "-std=c++17", "-fvisibility=hidden", "-pthread"],
         extra_link_args=["-pthread"],
@@ -69,7 +52,7 @@ def extension() -> dict:
             if nvcc is None:
                 setup_cuda.note("none")  # in what was linked before there may be kernels
             else:
-                setup_cuda.compile_kernels(nvcc, KERNEL_SOURCES)
+                setup_cuda.compile_kernels(nvcc, setup_cuda.SOURCES)
                 module.extra_objects += setup_cuda.KERNELS
                 module.library_dirs.append(setup_cuda.runtime(nvcc))
                 module.libraries += ["cudart_static", "rt", "dl", "pthread"]
@@ -85,7 +68,7 @@ def extension() -> dict:
     }
 
 
-reason = why_no_cpp()
+reason = setup_cuda.why_no_cpp()
 if reason:
     print(f"fastmaml: {reason}: installing without the C++ backend", file=sys.stderr)
 setup(**({} if reason else extension()))

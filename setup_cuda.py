@@ -1,17 +1,35 @@
-"""How setup.py finds nvcc and compiles csrc/cuda with it."""
+"""How setup.py finds the compilers, and compiles csrc/cuda with nvcc.
+
+Run by itself it does the latter, which takes minutes, and no torch.
+"""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in [ROOT / "csrc/program.h", *ROOT.glob("csrc/cuda/*.*")])
 KERNELS = ["build/cuda/inner_loop.o", "build/cuda/cluster.o"]  # each of the source of that name
 COMMAND = "build/cuda/command"  # that makes them; newer than what another one made
 OLDEST_NVCC = 12, 1  # before, a kernel's parameters had at most 4 KiB: those of csrc/cuda/table.h have 13
-OLDEST_GPU = 80
+OLDEST_GPU, FIRST_CLUSTERS = 80, 90  # as FASTMAML_HAS_TEAM in csrc/cuda/device.h
+
+
+def why_no_cpp() -> str | None:
+    """The reason to install pure Python, or None when the extension is to be built."""
+    if os.environ.get("FASTMAML_CPP", "1") == "0":
+        return "FASTMAML_CPP=0"
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler):
+        return None
+    if "CXX" not in os.environ and shutil.which("g++"):
+        os.environ["CXX"] = "g++"
+        return None
+    return f"no C++ compiler ({compiler}) found"
 
 
 def wanted() -> str | None:
@@ -61,10 +79,15 @@ def architectures(nvcc: str) -> list[str]:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={listed}: the kernels need compute capability 8.0 or newer")
     if any(ptx[a] for a in ptx if a not in kept):
         ptx[max(kept, key=number)] = True
+    # Half of the time goes into PTX. That of an architecture serves every newer one; but before clusters
+    # there is less in it, and that of one with a letter (90a) serves it alone.
+    groups: dict[object, list[str]] = {}
+    for arch in sorted(kept, key=number):
+        groups.setdefault(number(arch) >= FIRST_CLUSTERS if arch.isdecimal() else arch, []).append(arch)
     arguments = []
-    for arch in kept:
-        code = f"[sm_{arch},compute_{arch}]" if ptx[arch] else f"sm_{arch}"
-        arguments += ["-gencode", f"arch=compute_{arch},code={code}"]
+    for group in groups.values():
+        codes = [f"sm_{arch}" for arch in group] + [f"compute_{group[0]}"] * any(ptx[a] for a in group)
+        arguments += ["-gencode", f"arch=compute_{group[0]},code=[{','.join(codes)}]"]
     return arguments
 
 
@@ -103,13 +126,23 @@ def compile_kernels(nvcc: str, sources: list[str], root: Path = ROOT) -> None:
     ]
     note(f"{' '.join(command)}\n{version(nvcc)}", root)
     newest = max((root / name).stat().st_mtime for name in [*sources, COMMAND])
-    for target in map(root.joinpath, KERNELS):
+
+    def compile_one(target: Path) -> str | None:
         if target.exists() and target.stat().st_mtime > newest:
-            continue
+            return None
         source = f"csrc/cuda/{target.stem}.cu"
         print(f"fastmaml: compiling {source}", file=sys.stderr)
         this = [*command, source, "-o", str(target)]
         done = subprocess.run(this, cwd=root, stderr=subprocess.PIPE, text=True, check=False)
         target.with_suffix(".ptxas").write_text(done.stderr)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(this)}\n{done.stderr}\nFASTMAML_CUDA=0 builds without CUDA kernels")
+        return f"{' '.join(this)}\n{done.stderr}" if done.returncode else None
+
+    with ThreadPoolExecutor() as pool:
+        failed = [why for why in pool.map(compile_one, map(root.joinpath, KERNELS)) if why]
+    if failed:
+        raise SystemExit("\n".join([*failed, "FASTMAML_CUDA=0 builds without CUDA kernels"]))
+
+
+if __name__ == "__main__":
+    if why_no_cpp() is None and (found := find_nvcc()):
+        compile_kernels(found, SOURCES)

@@ -7,11 +7,15 @@ tensor-core instructions where its products should. Nothing here was run on a GP
 """
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,9 +194,16 @@ def main() -> None:
         print(f"no {absent}: bank conflicts are not asked for", file=sys.stderr)
         args.conflicts = False
     rows, faults = [], []
-    for precision in args.precision:
-        for arch in args.arch:
-            found = kernels_of(models_of(args, precision), arch, precision, args.conflicts)
+    pairs = list(itertools.product(args.precision, args.arch))
+    # by processes, for Triton compiles on one thread; forked, for nothing has run on others here
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(pairs)), context) as pool:
+        futures = [
+            pool.submit(kernels_of, models_of(args, precision), arch, precision, args.conflicts)
+            for precision, arch in pairs
+        ]
+        for (precision, arch), future in zip(pairs, futures, strict=True):
+            found = future.result()
             rows += table(arch, precision, found)
             faults += [f"sm_{arch} {precision}: {k.name} spills {k.spills} bytes" for k in found if k.spills]
             products = [k for k in found if k.name.startswith("linear")]

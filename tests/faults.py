@@ -42,18 +42,22 @@ def missed(
     sources: Path,
     within: str,
     folder: Path,
-    build: Build,
+    builds: Sequence[Build],
     limit: float,
     *arguments: object,
 ) -> list[str]:
-    """Of each fault that the test lets pass, or that could not be planted or built, what went wrong."""
+    """Of each fault that the test lets pass, or that could not be planted or built, what went wrong.
+
+    builds: of the test, the quickest first; what passes it is tried with the next.
+    """
 
     def try_one(number: int) -> str | None:
         file, text, becomes = fault = faults[number]
         here = folder / str(number)
         try:
-            test = build(planted(fault, sources, here / "csrc", within), here)
-            passed = run(test, *arguments, timeout=limit).returncode == 0
+            csrc = planted(fault, sources, here / "csrc", within)
+            tests = (build(csrc, here) for build in builds)
+            passed = all(run(test, *arguments, timeout=limit).returncode == 0 for test in tests)
         except AssertionError as error:
             return str(error)
         except subprocess.TimeoutExpired:

@@ -141,10 +141,11 @@ def test_an_old_nvcc(
 @pytest.mark.parametrize(
     ("listed", "codes"),
     [
-        (None, ["sm_80", "[sm_90,compute_90]"]),  # 10.0 and 12.0+PTX are not known
-        ("8.0;8.6+PTX", ["sm_80", "[sm_86,compute_86]"]),
-        ("7.5 9.0a", ["sm_90a"]),
-        ("9.0 7.0+PTX 8.0", ["[sm_90,compute_90]", "sm_80"]),
+        (None, ["[sm_80]", "[sm_90,compute_90]"]),  # 10.0 and 12.0+PTX are not known
+        ("8.6+PTX;8.0", ["[sm_80,sm_86,compute_80]"]),
+        ("7.5 9.0a", ["[sm_90a]"]),
+        ("9.0 7.0+PTX 8.0", ["[sm_80]", "[sm_90,compute_90]"]),
+        ("12.0 9.0 10.0a+PTX 10.0", ["[sm_90,sm_100,sm_120]", "[sm_100a,compute_100a]"]),
     ],
 )
 def test_architectures(

@@ -4,14 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import missed, run, time_limit
+from faults import Build, missed, run, time_limit
 
 ROOT = Path(__file__).parents[1]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cpp"
 COMPILE = [
     "g++",
     "-std=c++17",
-    "-O0",
+    "-O1",
     "-DFASTMAML_INLINE=inline",
     "-DFASTMAML_EXACT",
     "-Wno-psabi",
@@ -147,21 +147,31 @@ pytestmark = [
 ]
 
 
-def build(csrc: Path, objects: list[Path], folder: Path) -> Path:
-    done = run(*COMPILE, "-I", csrc, "-c", csrc / "cpu" / "isa_generic.cpp", "-o", folder / "engine.o")
+def compiled(source: Path, csrc: Path, folder: Path, *flags: str) -> Path:
+    target = folder / f"{source.stem}.o"
+    done = run(*COMPILE, *flags, "-I", csrc, "-c", source, "-o", target)
     assert done.returncode == 0, done.stderr
-    done = run("g++", "-pthread", folder / "engine.o", *objects, "-o", folder / "test")
-    assert done.returncode == 0, done.stderr
-    return folder / "test"
+    return target
+
+
+def build_of(folder: Path, engine: Path, *flags: str) -> Build:
+    """Builds the test with that engine, which has the faults."""
+    folder.mkdir()
+    sources = TESTS / "test_inner_loop.cpp", CSRC / "cpu" / "arena.cpp"
+    sound = [compiled(source, CSRC, folder, *flags) for source in sources]
+
+    def build(csrc: Path, here: Path) -> Path:
+        objects = [compiled(engine if engine.is_absolute() else csrc / engine, csrc, here), *sound]
+        done = run("g++", "-pthread", *objects, "-o", here / "test")
+        assert done.returncode == 0, done.stderr
+        return here / "test"
+
+    return build
 
 
 def test_planted_faults_are_caught(tmp_path: Path, every: int) -> None:
-    sources = [TESTS / "test_inner_loop.cpp", CSRC / "cpu" / "arena.cpp"]
-    objects = [tmp_path / f"{source.stem}.o" for source in sources]
-    for source, target in zip(sources, objects, strict=True):
-        done = run(*COMPILE, "-O1", "-I", CSRC, "-c", source, "-o", target)
-        assert done.returncode == 0, done.stderr
-    limit = time_limit(build(CSRC, objects, tmp_path))
-    with_fault = lambda csrc, folder: build(csrc, objects, folder)  # noqa: E731
-    found = missed(FAULTS[::every], CSRC, "cpu", tmp_path, with_fault, limit)
+    doubles = build_of(tmp_path / "doubles", TESTS / "engine_of_doubles.cpp", "-DFASTMAML_DOUBLE_ALONE")
+    whole = build_of(tmp_path / "whole", Path("cpu/isa_generic.cpp"))
+    limit = time_limit(whole(CSRC, tmp_path))
+    found = missed(FAULTS[::every], CSRC, "cpu", tmp_path, [doubles, whole], limit)
     assert not found, "\n".join(found)

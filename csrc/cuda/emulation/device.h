@@ -23,7 +23,12 @@
 #include <vector>
 
 #ifdef FASTMAML_EMULATE_THREADS
+#  include <linux/futex.h>
 #  include <pthread.h>
+#  include <sys/syscall.h>
+#  include <unistd.h>
+
+#  include <climits>
 #else
 #  include <ucontext.h>
 
@@ -91,7 +96,15 @@ inline void wait_for(State others, int) {
   const unsigned team = current->block.x / shape.blocks;
   pthread_barrier_wait(others == State::at_grid ? &of_grid : &of_team[team]);
 }
-inline void yield() { std::this_thread::yield(); }
+// Until `turn` is another one than `from`, asleep: what spins here would take the core that the others wait
+// for. By system calls, for TSan sees no order in them, as there is none in shuffles.
+inline void sleep_while(std::atomic<unsigned>& turn, unsigned from) {
+  while (turn.load(std::memory_order_relaxed) == from)
+    syscall(SYS_futex, &turn, FUTEX_WAIT_PRIVATE, from, nullptr, nullptr, 0);
+}
+inline void wake(std::atomic<unsigned>& turn) {
+  syscall(SYS_futex, &turn, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
 #else
 inline std::function<void()> body;
 constexpr std::size_t stack_bytes = 256 << 10;
@@ -121,6 +134,10 @@ inline void wait_for(State others, int line) {
   current->line = line;
   yield();
 }
+inline void sleep_while(std::atomic<unsigned>& turn, unsigned from) {
+  while (turn.load(std::memory_order_relaxed) == from) yield();
+}
+inline void wake(std::atomic<unsigned>&) {}
 inline void fiber() {
   for (;;) {
     body();
@@ -136,10 +153,11 @@ inline void wait_for_warp() {
   if (w.arrived.fetch_add(1, std::memory_order_relaxed) + 1 == 32) {
     w.arrived.store(0, std::memory_order_relaxed);
     w.turn.store(turn + 1, std::memory_order_relaxed);
+    wake(w.turn);
     return;
   }
   current->state = State::in_warp;
-  while (w.turn.load(std::memory_order_relaxed) == turn) yield();
+  sleep_while(w.turn, turn);
   current->state = State::running;
 }
 
