@@ -8,7 +8,6 @@ runtime linked in: neither building nor importing it takes a CUDA build of torch
 out, =1 fails without them; TORCH_CUDA_ARCH_LIST names the architectures. See setup_cuda.py.
 """
 
-import os
 import sys
 from pathlib import Path
 
