@@ -56,14 +56,15 @@ $(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed | setup
 	FASTMAML_CPP=0 $(PIP) --quiet --no-build-isolation -e ".[$*]"
 	touch $@
 
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 # Threads that wait do so asleep: the other tests want their core.
-PYTEST := OMP_WAIT_POLICY=passive $(V)/bin/python -m pytest -n $(JOBS) --dist worksteal
+test test-all check-wheel: export OMP_WAIT_POLICY = passive
 
 test: setup emulation
-	$(PYTEST) $(ARGS)
+	$(V)/bin/python $(PYTEST) $(ARGS)
 
 test-all: setup emulation
-	$(PYTEST) --all $(ARGS)
+	$(V)/bin/python $(PYTEST) --all $(ARGS)
 
 # The CUDA kernels for the CPU, which FASTMAML_EMULATE=1 takes: for tests where there is no GPU.
 EMULATION := build/emulation/libfastmaml_cuda.so
@@ -150,7 +151,7 @@ check-wheel: wheel
 	  { [ -x $$dir/bin/python ] || $(PYTHON) -m venv $$dir; } && \
 	  $$dir/bin/python -m pip install --disable-pip-version-check --quiet "torch==$$torch" "$$(ls dist/*.whl)[test]" && \
 	  $$dir/bin/python -m pip install --disable-pip-version-check --quiet --force-reinstall --no-deps dist/*.whl && \
-	  (cd $$dir/tree && ../bin/python -c "import fastmaml._C" && ../bin/python -m pytest -q $(ARGS)) || exit 1; \
+	  (cd $$dir/tree && ../bin/python -c "import fastmaml._C" && ../bin/python $(PYTEST) -q $(ARGS)) || exit 1; \
 	done
 
 clean:
