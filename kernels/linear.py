@@ -308,7 +308,9 @@ def tile(x: Tensor, I: int, O: int, *, reduce: str, precision: str, whole: str =
     # what 4 warps have registers for: the forward kernel's operands of bfloat16 lie there twice
     most_of_4 = 32 * 32 * {"float64": 8, "bf16": 32 if reduce == "I" else 64}.get(operands, 64)
     large = blocks["BLOCK_M"] * blocks["BLOCK_I"] * blocks["BLOCK_O"] > most_of_4
-    return blocks | {"num_warps": 8 if large else 4}
+    # One stage: loads ahead would lie in shared memory by columns where an operand is worked on before its
+    # product (a factor f', a step size), all lanes in one bank.
+    return blocks | {"num_warps": 8 if large else 4, "num_stages": 1}
 
 
 def linear_forward(
