@@ -18,6 +18,14 @@ def run(*command: object, timeout: float = 600) -> subprocess.CompletedProcess[s
     )
 
 
+def compiled(command: Sequence[str], source: Path, csrc: Path, folder: Path) -> Path:
+    """The object of a source, made in the folder by that compiler with those flags."""
+    target = folder / f"{source.stem}.o"
+    done = run(*command, "-I", csrc, "-c", source, "-o", target)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
 def planted(fault: Fault, sources: Path, copy: Path, within: str = "") -> Path:
     """A copy of the sources with it; its file is in the folder `within` there."""
     file, text, becomes = fault

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from faults import missed, planted, run, time_limit
+from faults import compiled, missed, planted, run, time_limit
 
 ROOT = Path(__file__).parents[1]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cuda"
@@ -163,24 +163,18 @@ pytestmark = [
 ]
 
 
-def compiled(folder: Path, source: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
-    target = folder / f"{source.stem}.o"
-    done = run(*COMPILE, *flags, "-I", csrc, "-c", source, "-o", target)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The engine of csrc/cpu, to compare with."""
     folder = tmp_path_factory.mktemp("engine")
     sources = TESTS.parent / "cpp" / "engine_of_doubles.cpp", CSRC / "cpu" / "arena.cpp"
-    return [compiled(folder, source) for source in sources]
+    return [compiled(COMPILE, source, CSRC, folder) for source in sources]
 
 
 def build(engine: list[Path], test: Path, folder: Path, csrc: Path = CSRC, flags: Sequence[str] = ()) -> Path:
     folder.mkdir(exist_ok=True)
-    done = run("g++", "-pthread", *flags, compiled(folder, test, csrc, flags), *engine, "-o", folder / "test")
+    made = compiled([*COMPILE, *flags], test, csrc, folder)
+    done = run("g++", "-pthread", *flags, made, *engine, "-o", folder / "test")
     assert done.returncode == 0, done.stderr
     return folder / "test"
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import Build, missed, run, time_limit
+from faults import Build, compiled, missed, run, time_limit
 
 ROOT = Path(__file__).parents[1]
 CSRC, TESTS = ROOT / "csrc", ROOT / "tests" / "cpp"
@@ -147,21 +147,14 @@ pytestmark = [
 ]
 
 
-def compiled(source: Path, csrc: Path, folder: Path, *flags: str) -> Path:
-    target = folder / f"{source.stem}.o"
-    done = run(*COMPILE, *flags, "-I", csrc, "-c", source, "-o", target)
-    assert done.returncode == 0, done.stderr
-    return target
-
-
 def build_of(folder: Path, engine: Path, *flags: str) -> Build:
-    """Builds the test with that engine, which has the faults."""
+    """Builds the test with that engine, which has the faults; engine: a path, or one within csrc."""
     folder.mkdir()
     sources = TESTS / "test_inner_loop.cpp", CSRC / "cpu" / "arena.cpp"
-    sound = [compiled(source, CSRC, folder, *flags) for source in sources]
+    sound = [compiled([*COMPILE, *flags], source, CSRC, folder) for source in sources]
 
     def build(csrc: Path, here: Path) -> Path:
-        objects = [compiled(engine if engine.is_absolute() else csrc / engine, csrc, here), *sound]
+        objects = [compiled(COMPILE, csrc / engine, csrc, here), *sound]
         done = run("g++", "-pthread", *objects, "-o", here / "test")
         assert done.returncode == 0, done.stderr
         return here / "test"
