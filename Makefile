@@ -49,7 +49,8 @@ build/.kernels: setup_cuda.py build/settings $(CUDA) csrc/program.h
 	touch $@
 
 $(V)/.built: $(V)/.installed build/.kernels setup.py $(CSRC)
-	$(V)/bin/python setup.py --quiet build_ext --inplace
+# ninja would take part in make's sharing out of jobs, which this make has not offered it
+	MAKEFLAGS= $(V)/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
 $(V)/.bench $(V)/.dev: $(V)/.%: $(V)/.installed | setup

@@ -111,7 +111,7 @@ struct FactoredLayer {
     for (int64_t j = 0; j < end; ++j) {
       const Factors<T> f{rows_of(p, side, Dual), ld_rows, 1, rows_of_step(s, j, g, side, false), ld_rows,
                          columns(p, side)};
-      nt<T, 1>(s.rows(o), n, &f, at + j * n, ld, Activate<T>{});
+      nt<T, 1>(s.rows(o), n, &f, at + j * n, ld, Activate<T>{}, true);
     }
   }
 

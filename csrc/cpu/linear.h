@@ -14,7 +14,7 @@ void times(const Slot& s, bool transpose, int64_t rows, const T* const (&a)[NP],
   Factors<T> f[NP];
   for (int p = 0; p < NP; ++p) f[p] = {a[p], lda, 1, w[p], s.ld, by_rows ? s.rows : s.cols};
   if (by_rows)
-    nn<T, NP>(rows, s.width, f, y, ldy, e);
+    nn<T, NP>(rows, s.cols, f, y, ldy, e);
   else
     nt<T, NP>(rows, s.rows, f, y, ldy, e);
 }
@@ -46,7 +46,7 @@ void linear_weight_grad(const Slot& s, int64_t rows, const T* const (&x)[NP], in
   Factors<T> f[NP];
   for (int p = 0; p < NP; ++p)
     f[p] = s.wide ? Factors<T>{x[p], 1, ldx, d[p], ldd, rows} : Factors<T>{d[p], 1, ldd, x[p], ldx, rows};
-  nn<T, NP>(s.rows, s.width, f, g.dst, s.ld, g.update());
+  nn<T, NP>(s.rows, s.cols, f, g.dst, s.ld, g.update());
 }
 
 // A part of the rows of a parameter or of its gradient.

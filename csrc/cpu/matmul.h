@@ -31,6 +31,7 @@ struct Activate {
   T mask_slope = 0;
 
   FASTMAML_INLINE Vec<T> start(int64_t c) const { return bias ? load(bias + c) : Vec<T>{}; }
+  FASTMAML_INLINE Vec<T> start_half(int64_t c) const { return bias ? repeat_half(bias + c) : Vec<T>{}; }
 
   // n vectors of row m from column c on
   template <int n>
@@ -61,6 +62,7 @@ struct Update {
   bool add = false;
 
   FASTMAML_INLINE Vec<T> start(int64_t) const { return Vec<T>{}; }
+  FASTMAML_INLINE Vec<T> start_half(int64_t) const { return Vec<T>{}; }
 
   template <int n>
   FASTMAML_INLINE void finish(Vec<T> (&acc)[n], int64_t m, int64_t c, T* C, int64_t ldc) const {
@@ -82,17 +84,23 @@ struct Update {
   }
 };
 
-// The sum of NP products, or with NP = 0 of `count`.
-template <class T, int MR, int NV, int NP, class End>
+// The sum of NP products, or with NP = 0 of `count`. half: the second half of the last vector is beyond the
+// matrix, and every two rows, of which there are an even number, share it.
+template <class T, int MR, int NV, int NP, bool half, class End>
 FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int64_t c, T* C, int64_t ldc,
                              const End& e) {
   using V = Vec<T>;
-  constexpr int W = lanes<T>;
-  V acc[MR][NV];
-  FASTMAML_UNROLL(j, NV) {
+  constexpr int W = lanes<T>, whole = half ? NV - 1 : NV;
+  static_assert(!half || MR % 2 == 0);
+  V acc[MR][NV], shared[(MR + 1) / 2];
+  FASTMAML_UNROLL(j, whole) {
     const V start = e.start(c + W * j);
     FASTMAML_UNROLL(i, MR) { acc[i][j] = start; });
   });
+  if constexpr (half) {
+    const V start = e.start_half(c + W * whole);
+    FASTMAML_UNROLL(i, MR / 2) { shared[i] = start; });
+  }
   auto product = [&](const Factors<T>& p) __attribute__((always_inline)) {
     const int64_t a_row = p.a_row, a_col = p.a_col, ldb = p.ldb, K = p.K;
     const T* a = p.a + m * a_row;
@@ -104,17 +112,33 @@ FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int6
       if constexpr (NV == 4 && NP > 0) FASTMAML_UNROLL(j, NV) {
           __builtin_prefetch(b + 12 * ldb + W * j);
         });
-      FASTMAML_UNROLL(j, NV) { bv[j] = in_register(load(b + W * j)); });
-      FASTMAML_UNROLL(i, MR) {
-        const V av = splat(a[i * a_row]);
-        FASTMAML_UNROLL(j, NV) { acc[i][j] += av * bv[j]; });
-      });
+      FASTMAML_UNROLL(j, whole) { bv[j] = in_register(load(b + W * j)); });
+      if constexpr (half) {
+        bv[whole] = in_register(repeat_half(b + W * whole));
+        FASTMAML_UNROLL(i, MR / 2) {
+          const V even = in_register(splat(a[2 * i * a_row])),
+                  odd = in_register(splat(a[(2 * i + 1) * a_row]));
+          FASTMAML_UNROLL(j, whole) {
+            acc[2 * i][j] += even * bv[j];
+            acc[2 * i + 1][j] += odd * bv[j];
+          });
+          shared[i] += two_halves<T>(even, odd) * bv[whole];
+        });
+      } else {
+        FASTMAML_UNROLL(i, MR) {
+          const V av = splat(a[i * a_row]);
+          FASTMAML_UNROLL(j, NV) { acc[i][j] += av * bv[j]; });
+        });
+      }
     }
   };
   if constexpr (NP > 0) FASTMAML_UNROLL(p, NP) {
       product(f[p]);
     });
   else for (int64_t p = 0; p < count; ++p) product(f[p]);
+  if constexpr (half) FASTMAML_UNROLL(i, MR) {
+      acc[i][whole] = one_half<i % 2, T>(shared[i / 2]);
+    });
   FASTMAML_UNROLL(i, MR) { e.finish(acc[i], m + i, c, C, ldc); });
 }
 
@@ -131,17 +155,29 @@ FASTMAML_INLINE void row_blocks(int64_t M, Tile tile) {
   }
 }
 
-template <class T, int MR, int NV, int NP, class End>
+// Rows of a tile that is NV vectors wide, or pairs of them: as many as leave registers for NV vectors of B
+// and one number of A, or two.
+template <int NV>
+constexpr int nn_rows = std::min((registers - NV - 1) / NV, 8);
+template <int NV>
+constexpr int nn_pairs = std::min((registers - NV - 2) / (2 * NV - 1), 4);
+
+template <class T, int NV, int NP, bool half, class End>
 __attribute__((noinline)) void nn_panel(int64_t M, const Factors<T>* f, int64_t count, int64_t c, T* C,
                                         int64_t ldc, const End& e) {
-  row_blocks<MR>(
-      M, [&](auto rows, int64_t m)
-             __attribute__((always_inline)) { nn_tile<T, rows, NV, NP>(f, count, m, c, C, ldc, e); });
+  if constexpr (half) {
+    row_blocks<nn_pairs<NV>>(
+        M / 2, [&](auto pairs, int64_t pair) __attribute__((always_inline)) {
+          nn_tile<T, 2 * pairs, NV, NP, true>(f, count, 2 * pair, c, C, ldc, e);
+        });
+    if (M % 2) nn_tile<T, 1, NV, NP, false>(f, count, M - 1, c, C, ldc, e);
+  } else {
+    row_blocks<nn_rows<NV>>(
+        M, [&](auto rows, int64_t m) __attribute__((always_inline)) {
+          nn_tile<T, rows, NV, NP, false>(f, count, m, c, C, ldc, e);
+        });
+  }
 }
-
-// Rows of a tile that is NV vectors wide: as many as leave registers for NV vectors of B and one number of A.
-template <int NV>
-constexpr int nn_rows = (registers - NV - 1) / NV > 8 ? 8 : (registers - NV - 1) / NV;
 
 // panel(vectors, first column) for panels of at most 4 vectors (3 where registers are few), and none of one
 // vector where it can be avoided
@@ -166,19 +202,32 @@ FASTMAML_INLINE void column_panels(int64_t columns, Panel panel) {
   }
 }
 
-// columns: padded to whole vectors, all of them written
+// panel(vectors, half, first column): the panels above, and whether half of the last vector or more of one is
+// beyond the matrix
+template <class T, class Panel>
+FASTMAML_INLINE void nn_panels(int64_t columns, Panel panel) {
+  constexpr int64_t W = lanes<T>;
+  const bool half = W >= 4 && columns % W > 0 && columns % W <= W / 2;
+  column_panels<T>(columns, [&](auto vectors, int64_t c) {
+    if constexpr (W >= 4)
+      if (half && c + vectors * W > columns) return panel(vectors, std::true_type(), c);
+    panel(vectors, std::false_type(), c);
+  });
+}
+
+// columns: exact; B is padded with zeros to whole vectors, as is C
 template <class T, int NP, class End>
 void nn(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const End& e,
         int64_t count = NP) {
-  column_panels<T>(columns, [&](auto vectors, int64_t c) {
-    nn_panel<T, nn_rows<vectors>, vectors, NP>(M, f, count, c, C, ldc, e);
+  nn_panels<T>(columns, [&](auto vectors, auto half, int64_t c) {
+    nn_panel<T, vectors, NP, half>(M, f, count, c, C, ldc, e);
   });
 }
 
 // The bare sums of MR x NI outputs: NI is 4, or 1 and then MR at most 4
 template <class T, int MR, int NI, int NP>
-FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t i0, T* C, int64_t ldc,
-                             bool add) {
+FASTMAML_INLINE void dots_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t i0, T* C, int64_t ldc,
+                               bool add) {
   using V = Vec<T>;
   V acc[MR][NI];
   FASTMAML_UNROLL(i, MR) {
@@ -217,21 +266,21 @@ FASTMAML_INLINE void nt_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t 
 }
 
 template <class T, int MR, int NI, int NP>
-__attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t i0, T* C,
-                                        int64_t ldc, bool add) {
+__attribute__((noinline)) void dots_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t i0, T* C,
+                                          int64_t ldc, bool add) {
   row_blocks<MR>(
       M, [&](auto rows, int64_t m)
-             __attribute__((always_inline)) { nt_tile<T, rows, NI, NP>(K, f, m, i0, C, ldc, add); });
+             __attribute__((always_inline)) { dots_tile<T, rows, NI, NP>(K, f, m, i0, C, ldc, add); });
 }
 
 // From column i on. What follows the products is done on whole rows of C when they are complete: at four
 // numbers a time it would take as long as the products.
 template <class T, int NP>
-void nt_dots(int64_t M, int64_t K, int64_t i, int64_t columns, const Factors<T>* f, T* C, int64_t ldc,
-             Activate<T> e) {
+void dots(int64_t M, int64_t K, int64_t i, int64_t columns, const Factors<T>* f, T* C, int64_t ldc,
+          Activate<T> e) {
   const int64_t begin = i;
-  for (; i + 4 <= columns; i += 4) nt_panel<T, registers == 32 ? 5 : 3, 4, NP>(M, K, f, i, C, ldc, e.add);
-  for (; i < columns; ++i) nt_panel<T, 4, 1, NP>(M, K, f, i, C, ldc, e.add);
+  for (; i + 4 <= columns; i += 4) dots_panel<T, registers == 32 ? 5 : 3, 4, NP>(M, K, f, i, C, ldc, e.add);
+  for (; i < columns; ++i) dots_panel<T, 4, 1, NP>(M, K, f, i, C, ldc, e.add);
   if (!e.bias && !e.act && !e.mask) return;
   e.add = false;
   for (int64_t m = 0; m < M; ++m) {
@@ -242,71 +291,74 @@ void nt_dots(int64_t M, int64_t K, int64_t i, int64_t columns, const Factors<T>*
   }
 }
 
-// nt for a vector of columns: the lanes of a vector are four k of every fourth column, so that few shuffles
-// are left to add them up. B comes packed, [K / 4, 4, W]: in row 4 k + q the columns q, q + 4, ..
-template <class T, int MR, int NP>
-FASTMAML_INLINE void quad_tile(int64_t K, const Factors<T>* f, int64_t m, int64_t c, T* C, int64_t ldc,
-                               const Activate<T>& e) {
-  constexpr int W = lanes<T>;
-  Vec<T> acc[MR][4] = {};
-  FASTMAML_UNROLL(p, NP) {
-    const int64_t a_row = f[p].a_row;
-    const T *a = f[p].a + m * a_row, *b = f[p].b;
-    for (int64_t k = 0; k < K; k += 4, a += 4, b += 4 * W) {
-      Vec<T> av[MR];
-      FASTMAML_UNROLL(i, MR) { av[i] = in_register(repeat_quad(a + i * a_row)); });
-      FASTMAML_UNROLL(q, 4) {
-        const Vec<T> bv = in_register(load(b + W * q));
-        FASTMAML_UNROLL(i, MR) { acc[i][q] += av[i] * bv; });
-      });
-    }
-  });
-  FASTMAML_UNROLL(i, MR) {
-    Vec<T> row[1] = {e.start(c) + sum_quads<T>(acc[i])};
-    e.finish(row, m + i, c, C, ldc);
-  });
-}
-
-template <class T, int NP>
-__attribute__((noinline)) void quad_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C,
-                                          int64_t ldc, const Activate<T>& e) {
-  constexpr int64_t W = lanes<T>, most = (16 << 10) / (4 * W * sizeof(T) * NP) * 4;
-  alignas(64) T scratch[NP * most * W];
-  const int64_t pieces = (K + most - 1) / most, step = round_up((K + pieces - 1) / pieces, 4);
-  for (int64_t k = 0; k < K; k += step) {
-    const int64_t some = std::min(step, K - k);
-    Factors<T> piece[NP];
-    for (int p = 0; p < NP; ++p) {
-      T* const packed = scratch + p * round_up(some, 4) * W;
-      FASTMAML_UNROLL(q, 4) {
-        const T* from[W / 4];
-        for (int j = 0; j < W / 4; ++j) from[j] = f[p].b + (c + 4 * j + q) * f[p].ldb + k;
-        for (int64_t j = 0; j < some; j += 4) {
-          store(packed + (j + q) * W, quads<T>(from));
-          for (const T*& at : from) at += 4;
-        }
-      });
-      piece[p] = {f[p].a + k, f[p].a_row, 1, packed, 0, some};
-    }
-    Activate<T> part = e;
-    if (k > 0) part.bias = nullptr, part.add = true;
-    if (k + some < K) part.act = false, part.mask = nullptr;
-    row_blocks<registers == 32 ? 5 : 3>(
-        M, [&](auto rows, int64_t m)
-               __attribute__((always_inline)) { quad_tile<T, rows, NP>(some, piece, m, c, C, ldc, part); });
+// to[k, c] = from[c, k] for n columns: a vector of them, or half of one. K: up to the next multiple of four.
+template <class T, int n>
+FASTMAML_INLINE void transpose(int64_t K, const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+  constexpr auto lane = std::make_integer_sequence<int, n>();
+  const T* group[n / 4];  // of four columns
+  FASTMAML_UNROLL(j, n / 4) { group[j] = from + 4 * j * ld_from; });
+  for (int64_t k = 0; k < K; k += 4, to += 4 * ld_to) {
+    auto quad = [&](int64_t q) __attribute__((always_inline)) {
+      const T* column[n / 4];
+      FASTMAML_UNROLL(j, n / 4) { column[j] = group[j] + q * ld_from; });
+      return quads<T, n / 4>(column);
+    };
+    auto put = [&](int64_t row, auto v) __attribute__((always_inline)) {
+      __builtin_memcpy(to + row * ld_to, &v, sizeof v);
+    };
+    const auto a = quad(0), b = quad(1), c = quad(2), d = quad(3);
+    const auto ab = interleave<1, 0>(a, b, lane), cd = interleave<1, 0>(c, d, lane);
+    put(0, interleave<2, 0>(ab, cd, lane));
+    put(1, interleave<2, 1>(ab, cd, lane));
+    const auto ab_high = interleave<1, 1>(a, b, lane), cd_high = interleave<1, 1>(c, d, lane);
+    put(2, interleave<2, 0>(ab_high, cd_high, lane));
+    put(3, interleave<2, 1>(ab_high, cd_high, lane));
+    for (const T*& at : group) at += 4;
   }
 }
 
-// K and columns: exact, but both operands padded with zeros to whole vectors, as is C.
+// nt for a panel of columns, as nn with B transposed, a piece that stays in L1 at a time.
+template <class T, int NV, int NP, bool half>
+__attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C,
+                                        int64_t ldc, const Activate<T>& e) {
+  constexpr int64_t W = lanes<T>, width = NV * W, most = 64;
+  alignas(64) T scratch[NP * most * width];
+  const int64_t pieces = (K + most - 1) / most, step = round_up((K + pieces - 1) / pieces, 4);
+  for (int64_t k = 0; k < K; k += step) {
+    const int64_t deep = std::min(step, K - k);
+    Factors<T> piece[NP];
+    for (int p = 0; p < NP; ++p) {
+      T* const to = scratch + p * most * width;
+      const T* const from = f[p].b + c * f[p].ldb + k;
+      FASTMAML_UNROLL(j, NV) {
+        constexpr int n = half && j == NV - 1 ? W / 2 : W;
+        transpose<T, n>(deep, from + j * W * f[p].ldb, f[p].ldb, to + j * W, width);
+      });
+      piece[p] = {f[p].a + k, f[p].a_row, 1, to - c, width, deep};
+    }
+    Activate<T> part = e;
+    if (k > 0) part.bias = nullptr, part.add = true;
+    if (k + deep < K) part.act = false, part.mask = nullptr;
+    nn_panel<T, NV, NP, half>(M, piece, NP, c, C, ldc, part);
+  }
+}
+
+// K and columns: exact, but both operands padded with zeros to whole vectors, as is C unless it is `exact`:
+// then nothing is written behind its columns.
 template <class T, int NP>
-void nt(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Activate<T>& e) {
+void nt(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, const Activate<T>& e,
+        bool exact = false) {
   constexpr int64_t W = lanes<T>;
   const int64_t K = f[0].K;
-  int64_t c = 0;
+  int64_t done = 0;
   if constexpr (W >= 4)
-    if (K <= 4 * M)
-      for (; c + W <= columns; c += W) quad_panel<T, NP>(M, K, f, c, C, ldc, e);
-  nt_dots<T, NP>(M, round_up(K, W), c, columns, f, C, ldc, e);
+    if (K <= 4 * M && columns >= W) {  // rows enough to pay for the transposition
+      done = W >= 8 && columns % W == W / 2 && !exact ? columns : columns / W * W;
+      nn_panels<T>(done, [&](auto vectors, auto half, int64_t c) {
+        nt_panel<T, vectors, NP, half && W >= 8>(M, K, f, c, C, ldc, e);
+      });
+    }
+  if (done < columns) dots<T, NP>(M, round_up(K, W), done, columns, f, C, ldc, e);
 }
 
 }  // namespace fastmaml::FASTMAML_ISA

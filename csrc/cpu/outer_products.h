@@ -91,8 +91,8 @@ struct OuterProducts {
                   load(products[j].b + k * products[j].ldb + i + c + v * lanes<T>));
           });
       const Factors<T> f{packed, 1, rows, x - c, width, depth};
-      nn_panel<T, nn_rows<vectors>, vectors, 1>(o_size, &f, 1, c, sum, columns,
-                                                Update<T>{first ? nullptr : sum, T(1), nullptr});
+      nn_panel<T, vectors, 1, false>(o_size, &f, 1, c, sum, columns,
+                                     Update<T>{first ? nullptr : sum, T(1), nullptr});
     });
   }
 

@@ -76,7 +76,7 @@ struct Packed {
       if (k > 0) part.add = true;
       if (end < K) part.act = false, part.mask = nullptr;
       const Factors<T> f{a + k, lda, 1, data + K * c + k * width - c, width, end - k};
-      nn_panel<T, nn_rows<vectors>, vectors, 1>(M, &f, 1, c, C, ldc, part);
+      nn_panel<T, vectors, 1, false>(M, &f, 1, c, C, ldc, part);
     }
   }
 

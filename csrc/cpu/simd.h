@@ -117,6 +117,16 @@ FASTMAML_INLINE auto quads(const T* const* from) {
     __builtin_memcpy(&part, from[0], sizeof part);
     return part;
   } else {
+#if FASTMAML_VECTOR_BYTES == 64
+    if constexpr (n == 4 &&
+                  sizeof(T) == 4) {  // broadcasts under masks are loads, insertions shuffles as well
+      __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from[0]));
+      v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(from[1]));
+      v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(from[2]));
+      v = _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(from[3]));
+      return (Vec<T>)v;
+    }
+#endif
 #if FASTMAML_VECTOR_BYTES >= 32 && defined(__x86_64__)
     if constexpr (n == 2 && sizeof(T) == 4) {
       const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(from[0]));
@@ -133,18 +143,57 @@ FASTMAML_INLINE Vec<T> quads(const T* const (&from)[lanes<T> / 4]) {
   return (Vec<T>)quads<T, lanes<T> / 4>((const T* const*)from);
 }
 
-// The four numbers from p on in every four lanes
+// The first half of a vector's numbers from p on, in both halves
 template <class T>
-FASTMAML_INLINE Vec<T> repeat_quad(const T* p) {
+FASTMAML_INLINE Vec<T> repeat_half(const T* p) {
 #if FASTMAML_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm512_maskz_broadcast_f32x4(-1, _mm_loadu_ps(p));
+    return (Vec<T>)_mm512_maskz_broadcast_f32x8(-1, _mm256_loadu_ps(p));
   else
     return (Vec<T>)_mm512_maskz_broadcast_f64x4(-1, _mm256_loadu_pd(p));
 #elif FASTMAML_VECTOR_BYTES == 32 && defined(__x86_64__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_broadcast_ps((const __m128*)p);
+  return (Vec<T>)_mm256_broadcast_ps((const __m128*)p);
+#else
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v / 2);
+  __builtin_memcpy((char*)&v + sizeof v / 2, p, sizeof v / 2);
+  return v;
 #endif
-  if constexpr (lanes<T> == 4) return load(p);
+}
+
+template <class V, int... i>
+FASTMAML_INLINE V two_halves(V low, V high, std::integer_sequence<int, i...>) {
+  constexpr int W = sizeof...(i);
+  return __builtin_shufflevector(low, high, (i < W / 2 ? i : W + i)...);
+}
+// The low half of `low`, the high half of `high`
+template <class T>
+FASTMAML_INLINE Vec<T> two_halves(Vec<T> low, Vec<T> high) {
+#if FASTMAML_VECTOR_BYTES == 64  // a blend; of the shuffle gcc makes an insertion
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_mask_blend_ps(0xff00, (__m512)low, (__m512)high);
+  else
+    return (Vec<T>)_mm512_mask_blend_pd(0xf0, (__m512d)low, (__m512d)high);
+#else
+  return two_halves(low, high, std::make_integer_sequence<int, VecOf<T>::lanes>());
+#endif
+}
+
+template <int half, class V, int... i>
+FASTMAML_INLINE V one_half(V v, std::integer_sequence<int, i...>) {
+  constexpr int W = sizeof...(i);
+  return __builtin_shufflevector(v, V{}, (i < W / 2 ? i + half * (W / 2) : W + i)...);
+}
+// A half of v in the low lanes, 0 in the others
+template <int half, class T>
+FASTMAML_INLINE Vec<T> one_half(Vec<T> v) {
+#if FASTMAML_VECTOR_BYTES == 64  // without a register of zeros
+  const __m512 bits = (__m512)v;
+  return half ? (Vec<T>)_mm512_maskz_shuffle_f32x4(0x00ff, bits, bits, 0x0e)
+              : (Vec<T>)_mm512_maskz_mov_ps(0x00ff, bits);
+#else
+  return one_half<half>(v, std::make_integer_sequence<int, VecOf<T>::lanes>());
+#endif
 }
 
 template <int from, class V, int... i>

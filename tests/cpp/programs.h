@@ -133,6 +133,15 @@ inline Program long_rows() {
   return p;
 }
 
+// Rows enough to pay for a matrix to be transposed, which has more of them than a piece.
+inline Program many_rows() {
+  Net p(6, 4);
+  const int64_t h = p.linear(0, 6);
+  p.fold(0.1);
+  p.linear(p.activation(Kind::tanh, p.linear(h, 70)), 3);
+  return p;
+}
+
 // Buffers with several readers: the gradients that each op leaves are added.
 inline Program fan() {
   Net p(2, 3);

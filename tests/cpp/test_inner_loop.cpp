@@ -435,6 +435,7 @@ int main() {
       {"chain", programs::chain(), cross_entropy, 2, 3, 2, 2, Case::scalar, false, true},
       {"gates", programs::gates(), mse, 2, 3, 4, 3, Case::scalar},
       {"columns", programs::columns(), mse, 3, 6, 7, 2, Case::scalar},
+      {"many rows", programs::many_rows(), mse, 1, 3, 3, 1, Case::scalar},
       {"fan", programs::fan(), mse, 2, 3, 4, 2, Case::scalar, false, true},
       {"tied", programs::tied(false), cross_entropy, 2, 3, 2, 3, Case::scalar},
       {"tied, some frozen", programs::tied(true), cross_entropy, 2, 3, 2, 3, Case::scalar},
