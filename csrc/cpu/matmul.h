@@ -85,13 +85,12 @@ struct Update {
 };
 
 // The sum of NP products, or with NP = 0 of `count`. half: the second half of the last vector is beyond the
-// matrix, and every two rows, of which there are an even number, share it.
+// matrix, and is not read; every two rows share it.
 template <class T, int MR, int NV, int NP, bool half, class End>
 FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int64_t c, T* C, int64_t ldc,
                              const End& e) {
   using V = Vec<T>;
   constexpr int W = lanes<T>, whole = half ? NV - 1 : NV;
-  static_assert(!half || MR % 2 == 0);
   V acc[MR][NV], shared[(MR + 1) / 2];
   FASTMAML_UNROLL(j, whole) {
     const V start = e.start(c + W * j);
@@ -99,7 +98,7 @@ FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int6
   });
   if constexpr (half) {
     const V start = e.start_half(c + W * whole);
-    FASTMAML_UNROLL(i, MR / 2) { shared[i] = start; });
+    FASTMAML_UNROLL(i, (MR + 1) / 2) { shared[i] = start; });
   }
   auto product = [&](const Factors<T>& p) __attribute__((always_inline)) {
     const int64_t a_row = p.a_row, a_col = p.a_col, ldb = p.ldb, K = p.K;
@@ -115,12 +114,12 @@ FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int6
       FASTMAML_UNROLL(j, whole) { bv[j] = in_register(load(b + W * j)); });
       if constexpr (half) {
         bv[whole] = in_register(repeat_half(b + W * whole));
-        FASTMAML_UNROLL(i, MR / 2) {
-          const V even = in_register(splat(a[2 * i * a_row])),
-                  odd = in_register(splat(a[(2 * i + 1) * a_row]));
+        FASTMAML_UNROLL(i, (MR + 1) / 2) {
+          constexpr int next = 2 * i + 1 < MR ? 2 * i + 1 : 2 * i;
+          const V even = in_register(splat(a[2 * i * a_row])), odd = in_register(splat(a[next * a_row]));
           FASTMAML_UNROLL(j, whole) {
             acc[2 * i][j] += even * bv[j];
-            acc[2 * i + 1][j] += odd * bv[j];
+            if constexpr (next > 2 * i) acc[next][j] += odd * bv[j];
           });
           shared[i] += two_halves<T>(even, odd) * bv[whole];
         });
@@ -170,7 +169,7 @@ __attribute__((noinline)) void nn_panel(int64_t M, const Factors<T>* f, int64_t 
         M / 2, [&](auto pairs, int64_t pair) __attribute__((always_inline)) {
           nn_tile<T, 2 * pairs, NV, NP, true>(f, count, 2 * pair, c, C, ldc, e);
         });
-    if (M % 2) nn_tile<T, 1, NV, NP, false>(f, count, M - 1, c, C, ldc, e);
+    if (M % 2) nn_tile<T, 1, NV, NP, true>(f, count, M - 1, c, C, ldc, e);
   } else {
     row_blocks<nn_rows<NV>>(
         M, [&](auto rows, int64_t m) __attribute__((always_inline)) {
@@ -291,19 +290,23 @@ void dots(int64_t M, int64_t K, int64_t i, int64_t columns, const Factors<T>* f,
   }
 }
 
-// to[k, c] = from[c, k] for n columns: a vector of them, or half of one. K: up to the next multiple of four.
-template <class T, int n>
-FASTMAML_INLINE void transpose(int64_t K, const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+// to[k, c] = from[c, k] for n columns: a vector of them, or half of one. Only `some` of them exist, and are
+// read, if they are not `all`: 0 for the others. K: up to the next multiple of four.
+template <class T, int n, bool all>
+FASTMAML_INLINE void transpose(int64_t K, int64_t some, const T* from, int64_t ld_from, T* to,
+                               int64_t ld_to) {
   constexpr auto lane = std::make_integer_sequence<int, n>();
   const T* group[n / 4];  // of four columns
-  FASTMAML_UNROLL(j, n / 4) { group[j] = from + 4 * j * ld_from; });
+  const auto is_there = [&](int64_t column) { return all || column < some; };
+  FASTMAML_UNROLL(j, n / 4) { group[j] = from + (is_there(4 * j) ? 4 * j : 0) * ld_from; });
   for (int64_t k = 0; k < K; k += 4, to += 4 * ld_to) {
     auto quad = [&](int64_t q) __attribute__((always_inline)) {
       const T* column[n / 4];
-      FASTMAML_UNROLL(j, n / 4) { column[j] = group[j] + q * ld_from; });
+      FASTMAML_UNROLL(j, n / 4) { column[j] = group[j] + (is_there(4 * j + q) ? q * ld_from : 0); });
       return quads<T, n / 4>(column);
     };
     auto put = [&](int64_t row, auto v) __attribute__((always_inline)) {
+      if constexpr (!all) v = first_of<T>(v, some, lane);
       __builtin_memcpy(to + row * ld_to, &v, sizeof v);
     };
     const auto a = quad(0), b = quad(1), c = quad(2), d = quad(3);
@@ -319,8 +322,8 @@ FASTMAML_INLINE void transpose(int64_t K, const T* from, int64_t ld_from, T* to,
 
 // nt for a panel of columns, as nn with B transposed, a piece that stays in L1 at a time.
 template <class T, int NV, int NP, bool half>
-__attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, T* C,
-                                        int64_t ldc, const Activate<T>& e) {
+__attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, int64_t columns,
+                                        T* C, int64_t ldc, const Activate<T>& e) {
   constexpr int64_t W = lanes<T>, width = NV * W, most = 64;
   alignas(64) T scratch[NP * most * width];
   const int64_t pieces = (K + most - 1) / most, step = round_up((K + pieces - 1) / pieces, 4);
@@ -332,7 +335,11 @@ __attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* 
       const T* const from = f[p].b + c * f[p].ldb + k;
       FASTMAML_UNROLL(j, NV) {
         constexpr int n = half && j == NV - 1 ? W / 2 : W;
-        transpose<T, n>(deep, from + j * W * f[p].ldb, f[p].ldb, to + j * W, width);
+        const int64_t some = columns - c - j * W, ldb = f[p].ldb;
+        if (some >= n)
+          transpose<T, n, true>(deep, n, from + j * W * ldb, ldb, to + j * W, width);
+        else
+          transpose<T, n, false>(deep, some, from + j * W * ldb, ldb, to + j * W, width);
       });
       piece[p] = {f[p].a + k, f[p].a_row, 1, to - c, width, deep};
     }
@@ -352,10 +359,11 @@ void nt(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, cons
   const int64_t K = f[0].K;
   int64_t done = 0;
   if constexpr (W >= 4)
-    if (K <= 4 * M && columns >= W) {  // rows enough to pay for the transposition
-      done = W >= 8 && columns % W == W / 2 && !exact ? columns : columns / W * W;
+    if (K <= 4 * M && columns >= W) {                    // rows enough to pay for the transposition
+      const bool rest = !exact && columns % W >= W / 4;  // else few enough for dots
+      done = rest ? columns : columns / W * W;
       nn_panels<T>(done, [&](auto vectors, auto half, int64_t c) {
-        nt_panel<T, vectors, NP, half && W >= 8>(M, K, f, c, C, ldc, e);
+        nt_panel<T, vectors, NP, half && W >= 8>(M, K, f, c, done, C, ldc, e);
       });
     }
   if (done < columns) dots<T, NP>(M, round_up(K, W), done, columns, f, C, ldc, e);

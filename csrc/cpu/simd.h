@@ -72,11 +72,15 @@ FASTMAML_INLINE T sum(Vec<T> v) {
 }
 
 // v where the lane is below n, 0 elsewhere
+template <class T, class V, int... i>
+FASTMAML_INLINE V first_of(V v, int64_t n, std::integer_sequence<int, i...>) {
+  using Int = typename VecOf<T>::Int;
+  typedef Int Lanes __attribute__((vector_size(sizeof(V))));
+  return Lanes{i...} < Int(n) ? v : V{};
+}
 template <class T>
 FASTMAML_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
-  typename VecOf<T>::bits lane;
-  for (int i = 0; i < lanes<T>; ++i) lane[i] = i;
-  return lane < (typename VecOf<T>::Int)n ? v : Vec<T>{};
+  return first_of<T>(v, n, std::make_integer_sequence<int, VecOf<T>::lanes>());
 }
 
 // v, loaded once: gcc would read it from memory again at every use
