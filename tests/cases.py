@@ -28,7 +28,7 @@ class Residual(nn.Module):
 
 @dataclass(repr=False)
 class Case:
-    """One draw: a float64 model, its tasks, step sizes; `to` gives the same in another dtype."""
+    """One draw: a float64 model, its tasks, step sizes; `to`: the same in another dtype or place."""
 
     model: nn.Module
     params: dict[str, Tensor]
@@ -47,10 +47,11 @@ class Case:
         how = f"steps={self.steps}, first_order={self.first_order}, fast_weights={self.fast_weights}"
         return f"Case({self.model}, {sizes}, {self.loss}, {how}, {self.optimizer}, {self.step_weights})"
 
-    def to(self, dtype: torch.dtype) -> "Case":
+    def to(self, dtype: torch.dtype | None = None, device: Any = None) -> "Case":
         def cast(a: Any) -> Any:
             if isinstance(a, Tensor):
-                return a.detach().to(dtype).requires_grad_(a.requires_grad) if a.is_floating_point() else a
+                new = a.detach().to(device, dtype if a.is_floating_point() else None)
+                return new.requires_grad_(a.requires_grad)
             if isinstance(a, (tuple, list)):
                 return type(a)(cast(b) for b in a)
             return {n: cast(b) for n, b in a.items()} if isinstance(a, dict) else a
@@ -204,10 +205,7 @@ def gradients(value: Tensor, case: Case) -> dict[str, Tensor]:
     result = {}
     for name, group in leaves.items():
         result[name] = torch.cat(
-            [
-                torch.zeros(a.numel(), dtype=a.dtype) if g is None else g.flatten()
-                for a, g in zip(group, grads, strict=False)
-            ]
+            [(torch.zeros_like(a) if g is None else g).flatten() for a, g in zip(group, grads, strict=False)]
         )
     return result
 

@@ -60,7 +60,8 @@ def apply(f, c: Case, **how) -> Tensor:
 
 def _mix(a: Tensor) -> Tensor:
     """A number that depends on every element in its own way"""
-    return (a * torch.sin(torch.arange(a.numel(), dtype=torch.float64)).to(a.dtype).view(a.shape)).sum()
+    places = torch.arange(a.numel(), dtype=torch.float64, device=a.device)
+    return (a * torch.sin(places).to(a.dtype).view(a.shape)).sum()
 
 
 FUNCTIONS = [meta_loss, inner_loop, value_and_grad, apply]

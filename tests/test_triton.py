@@ -29,7 +29,6 @@ from fastmaml.losses import MSE, CrossEntropy
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 
 
 def mlp(*widths: int, act: Any = nn.ReLU, norm: bool = False) -> nn.Module:
@@ -53,16 +52,8 @@ def case_of(model: nn.Module, loss: Any, T: int, N: int, Q: int, steps: int, **h
     return Case(model, params, tasks(N), tasks(Q), loss, lr, steps, how.get("first_order", False))
 
 
-def on_device(case: Case, device: str = DEVICE) -> Case:
-    def move(a: Any) -> Any:
-        if isinstance(a, Tensor):
-            return a.detach().to(device).requires_grad_(a.requires_grad)
-        if isinstance(a, dict):
-            return {n: move(b) for n, b in a.items()}
-        return type(a)(map(move, a)) if isinstance(a, (tuple, list)) else a
-
-    params, support, query, lr = map(move, (case.params, case.support, case.query, case.lr))
-    return replace(case, params=params, support=support, query=query, lr=lr)
+def on_device(case: Case) -> Case:
+    return case.to(device=DEVICE)
 
 
 def check(case: Case, function=meta_loss, how: dict[str, Any] | None = None) -> None:
@@ -326,56 +317,3 @@ def test_a_group_too_long_for_a_program_is_refused_before_anything_runs(
 def test_naive_passes_are_the_same_namespace() -> None:
     kernels = importlib.import_module("fastmaml.kernels")
     assert set(kernels.__all__) - {"GROUP_MOST", "MLP_MOST"} <= set(dir(naive_passes))
-
-
-@pytest.fixture
-def gpu_case() -> Case:
-    return on_device(case_of(mlp(3, 40, 40, 2, act=nn.Tanh), MSE(), 5, 6, 7, 3))
-
-
-@needs_gpu
-def test_the_recorded_graph_is_what_it_recorded(gpu_case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run() -> dict[str, Tensor]:
-        return _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
-
-    plain, recorded, replayed = run(), run(), run()
-    assert all(torch.equal(plain[n], recorded[n]) and torch.equal(plain[n], replayed[n]) for n in plain)
-    monkeypatch.setenv("FASTMAML_CUDA_GRAPHS", "0")
-    assert all(torch.equal(plain[n], a) for n, a in run().items())
-
-
-@needs_gpu
-def test_nothing_waits_for_the_device(gpu_case: Case) -> None:
-    for _ in range(2):  # compiled and recorded
-        meta_loss(functional, gpu_case, backend="triton").backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        meta_loss(functional, gpu_case, backend="triton").backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-def test_it_runs_on_the_current_stream(gpu_case: Case) -> None:
-    truth = _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            actual = _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
-    stream.synchronize()
-    assert all(torch.equal(truth[n], actual[n]) for n in truth)
-
-
-@needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_it_runs_on_the_device_of_its_tensors(gpu_case: Case) -> None:
-    truth = _everything(meta_loss, functional, gpu_case, {"backend": "triton"})
-    actual = _everything(meta_loss, functional, on_device(gpu_case, "cuda:1"), {"backend": "triton"})
-    assert all(torch.equal(truth[n].cpu(), actual[n].cpu()) for n in truth)
-
-
-@needs_gpu
-def test_cuda_tensors_go_to_kernels_by_themselves(gpu_case: Case) -> None:
-    explained = fastmaml.explain(gpu_case.model, gpu_case.support[0], MSE())
-    assert "backend: triton" in explained or "backend: cuda" in explained
