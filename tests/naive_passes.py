@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rounding import rounded
 from torch import Tensor
 
 from fastmaml.backends.engine import Engine
@@ -96,9 +97,9 @@ def _update(u, grad: Tensor) -> None:
 
 
 def product(a: Tensor, b: Tensor, precision: str) -> Tensor:
-    """a b with operands rounded as the kernels round them; TF32 is left alone, as in the interpreter"""
-    if precision == "bf16" and a.dtype is torch.float32:
-        a, b = a.bfloat16().float(), b.bfloat16().float()
+    """a b with operands rounded as the kernels have them rounded"""
+    if a.dtype is torch.float32:
+        a, b = rounded(a, precision), rounded(b, precision)
     return a @ b
 
 

@@ -143,7 +143,7 @@ def semantics(kernels: Path, tmp_path: Path, tests: str) -> subprocess.Completed
     shutil.copytree(package, tmp_path / "fastmaml", ignore=ignore)
     shutil.rmtree(tmp_path / "fastmaml" / "kernels", ignore_errors=True)
     shutil.copytree(kernels, tmp_path / "fastmaml" / "kernels", ignore=ignore)
-    for name in ("test_kernels.py", "test_kernels_mlp.py", "naive_passes.py"):
+    for name in ("test_kernels.py", "test_kernels_mlp.py", "naive_passes.py", "rounding.py"):
         shutil.copy(TESTS / name, tmp_path / name)
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
