@@ -143,13 +143,13 @@ def semantics(kernels: Path, tmp_path: Path, tests: str) -> subprocess.Completed
     shutil.copytree(package, tmp_path / "fastmaml", ignore=ignore)
     shutil.rmtree(tmp_path / "fastmaml" / "kernels", ignore_errors=True)
     shutil.copytree(kernels, tmp_path / "fastmaml" / "kernels", ignore=ignore)
-    for name in ("test_kernels.py", "test_kernels_mlp.py", "naive_passes.py", "rounding.py"):
+    for name in ("test_kernels.py", "test_kernels_mlp.py", "naive_passes.py", "rounding.py", "barriers.py"):
         shutil.copy(TESTS / name, tmp_path / name)
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "ttsem.sanitize", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, "test_kernels.py", "test_kernels_mlp.py", "-k", tests],
+        [*command, "-p", "barriers", "test_kernels.py", "test_kernels_mlp.py", "-k", tests],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
@@ -170,6 +170,8 @@ def test_the_compilers_representation_is_sound(tmp_path: Path, every: int) -> No
 SEEN_BY_TTSEM = [
     # programs of a task that add to the same part of a gradient
     ("linear.py", "    i = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)\n    rows =", "    i = tl.arange(0, BLOCK_I)\n    rows =", "one_of_each and linear and rows", "write-write"),
+    # what other threads of the program have stored is read before they have
+    ("mlp.py", "            tl.debug_barrier()", "            # none", "whole_loop and mse-0", "no barrier between a store and a load"),
     # tasks that keep their weights in one place; a store that goes past a row
     ("mlp.py", "kept_ptr += t * P", "kept_ptr += t * 0", "whole_loop and mse-0", "write-write"),
     ("mlp.py", "value, mask=(i < I)[:, None] & (o < O)[None, :]", "value, mask=(o < O)[None, :]", "whole_loop and mse-0", "two lanes of one store"),
