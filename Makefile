@@ -90,7 +90,7 @@ bench: setup $(V)/.bench
 
 # Everything that needs a GPU, on a machine that has one: all tests there, the kernels under the memory checker,
 # then the comparison with the peers.
-gpu: setup
+gpu: setup $(V)/.bench
 	@$(V)/bin/python -m bench.gpu --check
 	$(V)/bin/python -m pytest
 	@if command -v compute-sanitizer >/dev/null; then \

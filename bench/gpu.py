@@ -80,9 +80,8 @@ def compare(case: Case, seconds: float) -> dict[str, Any]:
             rows[name] = {"first_call_s": time.perf_counter() - start}
             rows[name]["error_f64"] = measure.error(on_cpu(build(there, torch.float64)()), truth)
             rows[name]["error_f32"] = measure.error(on_cpu(step()), truth)
-        except Exception as error:  # one that is absent or breaks must not take the others with it
-            text = (str(error).splitlines() or [""])[0]
-            rows[name] = {"absent": f"{type(error).__name__}: {text}"}
+        except Exception as error:  # a peer that is absent or breaks must not take the others with it
+            rows[name] = {"absent": peers.absence(name, error)}
             continue
         rows[name]["wrong"] = not rows[name]["error_f64"] <= RIGHT
         if name.startswith("fastmaml") and (

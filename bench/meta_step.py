@@ -103,11 +103,8 @@ def _against_peers(case: Any, truth: Truth, names: list[str], seconds: float) ->
             step()
             rows[name] = {"first_call_s": time.perf_counter() - start}
             rows[name] |= truth.check(build, step)
-        except peers.Absent as absent:
-            rows[name] = {"absent": str(absent)}
-            continue
         except Exception as error:  # a peer that breaks on this case must not take the others with it
-            rows[name] = {"absent": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            rows[name] = {"absent": peers.absence(name, error)}
             continue
         rows[name]["wrong"] = not rows[name]["error_f64"] <= RIGHT
         steps[name] = step

@@ -1,5 +1,6 @@
-"""JAX jit(grad(vmap(task))): the same networks, weights and data as the torch peers."""
+"""JAX jit(grad(vmap(task))): the same networks, weights and data as the torch peers, on the same device."""
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,9 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.cases import Case
+from bench.peers import Absent
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is the other peers' too
+jax.config.update("jax_default_matmul_precision", "highest")  # as torch's: the default may be TF32 on a GPU
+
+
+def _device_of(a: Tensor) -> Any:
+    if not a.is_cuda:
+        return jax.devices("cpu")[0]
+    try:
+        return jax.devices("gpu")[a.get_device()]
+    except RuntimeError as error:
+        raise Absent(f"this jax has no GPU, as jax[cuda12] and jax[cuda13] have ({error})") from error
 
 
 def _forward(layers: Sequence[nn.Module], params: Sequence[Any], x: Any) -> Any:
@@ -58,10 +72,10 @@ def build(case: Case, dtype: torch.dtype) -> Any:
         return jax.vmap(task, (None, 0, 0, 0, 0))(params, *data).mean()
 
     with precision():
-        cpu = jax.devices("cpu")[0]
-        params = [jax.device_put(p.detach().numpy(), cpu) for p in model.parameters()]
         support, query = case.data(dtype)
-        data = [jax.device_put(t.numpy(), cpu) for t in (*support, *query)]
+        device = _device_of(support[0])
+        params = [jax.device_put(p.detach().cpu().numpy(), device) for p in model.parameters()]
+        data = [jax.device_put(t.cpu().numpy(), device) for t in (*support, *query)]
         gradient = jax.jit(jax.grad(mean_loss))
 
     def step() -> list[Any]:

@@ -24,6 +24,15 @@ class Absent(Exception):
     """The peer cannot run here; says why."""
 
 
+def absence(name: str, error: Exception) -> str:
+    """Why a peer has no row: it is absent, or breaks. Where fastmaml breaks, that is raised."""
+    if isinstance(error, Absent):
+        return str(error)
+    if name.startswith("fastmaml"):
+        raise error
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def _need(module: str) -> Any:
     try:
         with warnings.catch_warnings():
@@ -41,10 +50,15 @@ def import_libraries() -> None:
 
 
 def _fastmaml(case: Case, dtype: torch.dtype, backend: str, autograd: bool = False) -> Step:
-    functional = _need("fastmaml.functional")
+    functional, backends = _need("fastmaml.functional"), _need("fastmaml.backends")
     model = case.model(dtype)
     params = dict(model.named_parameters())
     support, query = case.data(dtype)
+    x, sizes = support[0], backends.cuda.Sizes(case.support, case.query)
+    try:
+        backends.prepare(model, x.shape[2:], case.loss, x.device, dtype, backend, sizes)
+    except RuntimeError as error:
+        raise Absent(str(error)) from error
     how = {"loss": case.loss, "lr": case.lr, "steps": case.steps, "backend": backend}
 
     def gradient() -> list[Tensor]:
@@ -56,12 +70,7 @@ def _fastmaml(case: Case, dtype: torch.dtype, backend: str, autograd: bool = Fal
         functional.meta_loss(model, params, support, query, **how).backward()
         return [p.grad for p in params.values()]
 
-    step = backward if autograd else gradient
-    try:
-        step()
-    except (RuntimeError, NotImplementedError) as error:
-        raise Absent(str(error).splitlines()[0]) from error
-    return step
+    return backward if autograd else gradient
 
 
 def fastmaml_on(backend: str) -> Callable[[Case, torch.dtype], Step]:
