@@ -25,10 +25,10 @@ class Absent(Exception):
 
 
 def absence(name: str, error: Exception) -> str:
-    """Why a peer has no row: it is absent, or breaks. Where fastmaml breaks, that is raised."""
+    """Why a peer has no row: it is absent, or breaks. Where fastmaml does, but for memory, that is raised."""
     if isinstance(error, Absent):
         return str(error)
-    if name.startswith("fastmaml"):
+    if name.startswith("fastmaml") and not isinstance(error, torch.OutOfMemoryError):
         raise error
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

@@ -87,6 +87,14 @@ def _everything(function, f, c: Case, how: dict) -> dict[str, Tensor]:
     return {"value": value.detach().reshape(1), **gradients(value, c)}
 
 
+def test_what_is_compared_is_where_the_tensors_are() -> None:
+    """A meta tensor does not mix with those of the CPU, as one of a GPU does not."""
+    a = torch.zeros(2, 3, requires_grad=True)
+    case = Case(torch.nn.Identity(), {"w": a}, (a, a), (a, a), None, a, 1, False).to(torch.float64, "meta")
+    found = gradients(_mix(case.lr), case)  # by the others: zeros
+    assert {(g.device.type, g.dtype) for g in found.values()} == {("meta", torch.float64)}
+
+
 def test_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KNOWN, "naive", naive_passes.backend())
     new = Frames._new
