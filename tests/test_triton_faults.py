@@ -48,6 +48,10 @@ def losses(loss: str, dual: bool, weighted: bool = True):
     return lambda: test_kernels.test_losses(loss, (3, 5, 5), weighted, dual)
 
 
+def precision(rounded_to: str):
+    return lambda: test_kernels.test_precision(rounded_to)
+
+
 def small_mlp(own: bool):
     """The kernel of whole inner loops in the place of the backend's own, against the reference"""
 
@@ -113,6 +117,9 @@ FAULTS = [
     ("mlp.py", "w_ptr += t * w_stride", "w_ptr += t * 0", small_own),
     ("mlp.py", "t_d1 += s1 * t_z1 * e1", "pass", small),
     ("mlp.py", "return z, tl.where((o < O)[None, :], activate(z, ACT, ATTR), 0.0)", "return z, activate(z, ACT, ATTR)", small),
+    # an operand that is not rounded
+    ("tiles.py", "input_precision=PRECISION", 'input_precision="ieee"', precision("tf32")),
+    ("tiles.py", "a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)", "a = a.to(tl.bfloat16)", precision("bf16")),
     # a wrong formula
     ("tiles.py", "if SIGN < 0:", "if False:", backward),
     ("silu.py", "t * (2.0 + z * (1.0 - 2.0 * s))", "t * (1.0 + z * (1.0 - 2.0 * s))", layers("elementwise", "backward", True, silu)),
