@@ -106,7 +106,9 @@ def test_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Frames, "_new", filled)
 
     @settings(CHECK, max_examples=300)
-    @given(case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss]), knobs=st.booleans())
+    @given(
+        case=cases(), function=st.sampled_from(FUNCTIONS + 2 * [meta_loss, inner_loop]), knobs=st.booleans()
+    )
     def check(case: Case, function, knobs: bool) -> None:
         how: dict = {"chunk_tasks": 2} if knobs else {}
         if knobs and function in (meta_loss, inner_loop):

@@ -16,7 +16,7 @@ from cases import Case, cases, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import UNIT, as_on_a_gpu
-from test_random_programs import CHECK, FUNCTIONS, _everything, conditioning, meta_loss
+from test_random_programs import CHECK, FUNCTIONS, _everything, conditioning, inner_loop, meta_loss
 from torch import Tensor, nn
 
 import fastmaml
@@ -225,6 +225,15 @@ def test_inner_axes_and_parameters_that_nothing_uses() -> None:
     fast = functional.inner_loop(model, params, x, y, **how, backend="triton")
     for n, w in reference.inner_loop(model, params, x, y, **how).items():
         torch.testing.assert_close(fast[n], w)
+
+
+def test_the_step_size_of_a_parameter_that_nothing_uses() -> None:
+    model = mlp(3, 4, 2, act=nn.Tanh)
+    model.register_parameter("unused", nn.Parameter(torch.ones(5).double()))
+    case = case_of(model, MSE(), 2, 4, 5, 2)
+    case.lr = {n: torch.tensor(0.1, dtype=torch.float64, requires_grad=True) for n in case.params}
+    case.optimizer = fastmaml.SGD(0.9, 0.1)
+    check(case, inner_loop)
 
 
 class Nothing(nn.Module):

@@ -329,9 +329,8 @@ class Engine:
         if S == 1:
             torch.sum(product, 1, keepdim=True, out=to)
         elif len(self.places) == S:
-            to.zero_()
-            for i in self.dense:
-                to[:, i] = self._view(product, i).flatten(1).sum(1)
+            for i, place in enumerate(self.places):  # what nothing uses may decay by its step size
+                to[:, i] = 0 if place is None else self._view(product, i).flatten(1).sum(1)
         else:
             to.copy_(product)
         for rows, x, y, place in self._layers(self._frame(k)):
