@@ -59,11 +59,11 @@ def step(c: Case, form: Any) -> Any:
 def chosen(c: Case) -> str:
     """The name of the form that fast_weights=None takes, up to the last layer's where no other has it."""
     problem, _ = prepare(c.model(), (c.widths[0],), c.loss, torch.device("cpu"), torch.float32, "cpu")
-    sizes = c.tasks, c.support, c.query, c.steps, 1, False, False
+    sizes = c.tasks, c.support, c.query, c.steps, 1, False
     own = (False,) * len(problem.names)
 
     def weights(form: Any) -> tuple[int, ...]:
-        return factored_weights(problem, sizes, own, 1, form)
+        return factored_weights(problem, "cpu", sizes, own, 1, form)
 
     wide = [problem.names.index(w) for w in WEIGHTS[:2]]
     names = {weights(form): name for name, form in FORMS.items()}

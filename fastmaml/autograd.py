@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import factors
-from .backends import Problem, at
+from .backends import Problem, at, keeps_factors
 from .forms import FactoredWeight
 
 
@@ -104,16 +104,11 @@ class InnerLoop(Function):
         return None, *once(out)
 
 
-def in_kernels(name: str, loop) -> bool:
-    """Does the backend have factored weights for it? The others have to be asked for, and run on torch."""
-    return name in ("cpu", "torch") or (name != "cuda" and not loop[2])
-
-
 def run_meta(how, lr, data, ws) -> Sequence[Any]:
     """The loss, [T] or reduced, and the gradients that are needed: params [1 or T, P], lr, x of both sets."""
     problem, (name, precision), chunk, needs, loop, reduction, factored = how
     steps, first_order, rule, step_weights, every = loop
-    backend = at(name if not factored or in_kernels(name, loop) else "torch", precision)
+    backend = at(name if not factored or keeps_factors(name, bool(rule)) else "torch", precision)
     per_task = reduction == "none"
     scale = 1 / data[0].shape[0] if reduction == "mean" else 1.0
 

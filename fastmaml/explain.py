@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import forms
 from .arguments import check_count, understood
-from .backends import BACKENDS, Problem, problem_for, why_not
+from .backends import BACKENDS, Problem, factored_weights, keeps_factors, problem_for, why_not
 from .backends.cuda import Sizes
 from .backends.precision import check_precision, chosen
 from .losses import resolve
@@ -56,15 +56,18 @@ def explain(
     check_count("queries", queries, 1)
     check_precision(precision)
     meant = None if loss is None else resolve(understood(loss, model, x))
-    problem = problem_for(model, tuple(x.shape[2:]), meant)
+    T, N = x.shape[:2]
+    calls = Sizes(0, N) if meant is None else Sizes(N, queries or N)
+    problem = problem_for(model, tuple(x.shape[2:]), meant, calls)
     rule = update_rule(optimizer)
-    lines = [*_program_lines(model, problem), "", *_backend_lines(problem, x, queries, precision, rule)]
+    name, reasons = _chosen(problem, x, calls)
+    lines = [*_program_lines(model, problem), "", *_backend_lines(name, reasons, x, precision, rule)]
     if steps is not None:
         check_count("steps", steps, 0)
-        T, N = x.shape[:2]
         losses = forms.query_losses(counted_weights(step_weights, steps))
-        sizes = forms.Sizes(T, N, queries or N, steps, losses, bool(rule))
-        lines += ["", *_form_lines(problem, sizes, fast_weights)]
+        sizes = T, N, queries or N, steps, losses, bool(rule)
+        if reasons.get(name, "") is None:
+            lines += ["", *_form_lines(problem, name, sizes, fast_weights)]
     return Explanation("\n".join(lines))
 
 
@@ -100,15 +103,21 @@ def _batch(shape: tuple[int, ...]) -> str:
     return f"[N{''.join(f', {n}' for n in shape)}]"
 
 
-def _backend_lines(
-    problem: Problem, x: Tensor, queries: int | None, precision: str | None, rule: tuple[float, ...]
-) -> list[str]:
-    N = x.shape[1]
-    sizes = Sizes(0, N) if problem.loss is None else Sizes(N, queries or N)
-    forced = os.environ.get("FASTMAML_BACKEND")
+def _chosen(problem: Problem, x: Tensor, sizes: Sizes) -> tuple[str, dict[str, str | None]]:
+    """The backend that backend=None takes, or "none", and of each why it cannot run this, None if it can."""
     reasons = {name: why_not(name, problem, x.device, x.dtype, sizes) for name in BACKENDS}
     able = (name for name, why in reasons.items() if why is None and not BACKENDS[name].EMULATED)
-    first = forced or next(able, "none")
+    return os.environ.get("FASTMAML_BACKEND") or next(able, "none"), reasons
+
+
+def _backend_lines(
+    first: str,
+    reasons: dict[str, str | None],
+    x: Tensor,
+    precision: str | None,
+    rule: tuple[float, ...],
+) -> list[str]:
+    forced = os.environ.get("FASTMAML_BACKEND")
     on = f"{x.device.type}, {str(x.dtype).removeprefix('torch.')}"
     lines = [f"backend: {first} ({on}{', by FASTMAML_BACKEND' if forced else ''})"]
     if forced and forced not in reasons:
@@ -127,14 +136,20 @@ def _backend_lines(
     return lines
 
 
-def _form_lines(problem: Problem, sizes: forms.Sizes, fast_weights: Any) -> list[str]:
+def _form_lines(
+    problem: Problem, backend: str, given: tuple[int, int, int, int, int, bool], fast_weights: Any
+) -> list[str]:
+    sizes = forms.Sizes(*given, gpu=backend == "triton")
     none_own = (False,) * len(problem.names)
-    factored = forms.choose(problem, sizes, none_own, False, fast_weights)
+    factored = factored_weights(problem, backend, given, none_own, 1, fast_weights)
     more = f", losses after {sizes.losses} of them" if sizes.losses > 1 else ""
     more += ", an optimizer" if sizes.optimizer else ""
     lines = [
         f"fast weights in meta_loss: T={sizes.T} N={sizes.N}, {sizes.Q} query examples, {sizes.K} steps{more}"
     ]
+    if not keeps_factors(backend, sizes.optimizer):
+        what = f"factored weights{'' if backend == 'cuda' else ' with an optimizer'}"
+        lines.append(f"  {backend} has no kernels for {what}: where told to, meta_loss runs on torch")
     rows = []
     known = forms.layers(problem)
     side_by_side = any(layer.weight in factored and not layer.fixed_input for layer in known)
@@ -143,7 +158,12 @@ def _form_lines(problem: Problem, sizes: forms.Sizes, fast_weights: Any) -> list
         if why := forms.why_dense(layer, none_own, False):
             rows.append((name, shape, "dense", f"it {why}"))
             continue
-        dense, other = (forms.cost(layer, sizes, form, side_by_side) for form in forms.FORMS)
+        dense, other = (
+            forms.gpu_cost(layer, sizes, form)
+            if sizes.gpu
+            else forms.cost(layer, sizes, form, side_by_side)
+            for form in forms.FORMS
+        )
         form = "factored" if layer.weight in factored else "dense"
         told = "" if fast_weights is None else ", as told"
         rows.append((name, shape, form, f"factored would take {other / dense:.2g} of the dense time{told}"))

@@ -49,7 +49,7 @@ def inner_loop(
         for w, s in zip(ws, problem.shapes, strict=True)
     )
     asked = (
-        factored_weights(problem, (T, N, N, K, 1, bool(rule), False), own, S, fast_weights)
+        factored_weights(problem, "torch", (T, N, N, K, 1, bool(rule)), own, S, fast_weights)
         if fast_weights
         else ()
     )

@@ -41,7 +41,6 @@ from .autograd import (
     MetaLoss,
     ValueAndGrad,
     flat_of,
-    in_kernels,
     no_derivative,
     once,
     over_tasks,
@@ -242,16 +241,13 @@ def _enter_meta(
 
 
 def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:
-    if fast_weights is None and not in_kernels(name, loop):
-        return ()
     own = tuple([p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)])
     sizes = x_s.shape[0], x_s.shape[1], x_q.shape[1], rates.shape[0], query_losses(loop[3]), bool(loop[2])
-    S, gpu = rates.shape[1], name == "triton"
+    S = rates.shape[1]
     if torch.compiler.is_compiling():  # for each of the sizes anew
         sizes = tuple([operator.index(n) for n in sizes])
-        how = (*sizes, gpu), own, S, fast_weights
-        return factored_weights_of(model, tuple(x_s.shape[2:]), loss, *how)
-    return factored_weights(problem, (*sizes, gpu), own, S, fast_weights)
+        return factored_weights_of(model, tuple(x_s.shape[2:]), loss, name, sizes, own, S, fast_weights)
+    return factored_weights(problem, name, sizes, own, S, fast_weights)
 
 
 def _enter(

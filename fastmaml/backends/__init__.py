@@ -178,21 +178,30 @@ def prepare(
 prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def keeps_factors(name: str, optimizer: bool) -> bool:
+    """Does that backend have factored weights? In the others they have to be asked for, and run on torch."""
+    return name in ("cpu", "torch") or (name != "cuda" and not optimizer)
+
+
 def factored_weights(
     problem: Problem,
-    sizes: tuple[int, int, int, int, int, bool, bool],  # those of forms.Sizes
+    name: str,  # of the backend
+    sizes: tuple[int, int, int, int, int, bool],  # those of forms.Sizes up to `optimizer`
     own: tuple[bool, ...],
     S: int,  # step sizes of a step
     fast_weights: Any,
 ) -> tuple[int, ...]:
     """The weights that stay factored: forms.choose, remembered."""
+    if fast_weights is None and not keeps_factors(name, sizes[-1]):
+        return ()
     if fast_weights is not None and not isinstance(fast_weights, str):
         fast_weights = tuple(fast_weights.items())
-    key = "factored", sizes, own, S, fast_weights
+    key = "factored", name, sizes, own, S, fast_weights
     if key not in problem.memo:
         told = dict(fast_weights) if isinstance(fast_weights, tuple) else fast_weights
         per_element = S not in (1, len(problem.names))
-        problem.memo[key] = forms.choose(problem, forms.Sizes(*sizes), own, per_element, told)
+        known = forms.Sizes(*sizes, gpu=name == "triton")
+        problem.memo[key] = forms.choose(problem, known, own, per_element, told)
     return problem.memo[key]
 
 
