@@ -13,6 +13,7 @@ from .linear import linear_backward_input, linear_backward_weight, linear_forwar
 from .mlp import MOST as MLP_MOST
 from .mlp import mlp
 from .mse import mse
+from .rows import rows_update
 from .tiles import GROUP_MOST
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "linear_forward",
     "mlp",
     "mse",
+    "rows_update",
     "types",
 ]

@@ -204,6 +204,10 @@ batch_norm_forward, batch_norm_backward = partial(norm_forward, axis=0), partial
 layer_norm_forward, layer_norm_backward = partial(norm_forward, axis=1), partial(norm_backward, axis=1)
 
 
+def rows_update(rows, update) -> None:
+    _update(update, rows)
+
+
 def elementwise_forward(x, y, act, *, dual) -> None:
     if dual:
         y.t_value.copy_(slopes(x.value, y.value, act)[0] * x.t_value)

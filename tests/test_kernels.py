@@ -305,6 +305,32 @@ def test_one_norm_behind_linear(axis: int, sizes: tuple[int, ...], dual: bool) -
 
 
 @dataclass
+class Kept:
+    rows: Tensor
+    stack: Tensor
+    base: Tensor | None
+    lr: Tensor | None
+    scale: Tensor | None
+
+
+@pytest.mark.parametrize("sizes", [(2, 3, 7), (3, 33, 40)], ids=["rows", "blocks"])
+def test_one_of_each_kept_row(sizes: tuple[int, ...]) -> None:
+    """In the place of some rows of a stack"""
+    T, R, C = sizes
+    for variant in range(4):
+        base = None if variant % 2 else torch.randn(T, R, C).double()
+        lr, scale = (torch.rand(1).double(), torch.rand(1 if variant % 2 else T).double())
+        a = Kept(torch.randn(T, R, C).double(), torch.zeros(T, R + 4, C).double(), base, lr, scale)
+        if variant > 1:
+            a = replace(a, lr=None) if variant == 2 else replace(a, scale=None)
+
+        def run(passes: Any, c: Kept, sign: int = (1, -1)[variant % 2]) -> None:
+            passes.rows_update(c.rows, types.Update(c.stack[:, 2:-2], c.base, c.lr, c.scale, sign))
+
+        check(run, a, lambda c: [c.stack])
+
+
+@dataclass
 class Sum:
     a: Any
     b: Any

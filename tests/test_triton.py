@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import naive_passes
@@ -16,8 +17,10 @@ from cases import Case, cases, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import UNIT, as_on_a_gpu
-from test_random_programs import CHECK, FUNCTIONS, _everything, conditioning, inner_loop, meta_loss
+from test_random_programs import CHECK, FUNCTIONS, KNOWN, _everything, conditioning, inner_loop, meta_loss
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastmaml
 from fastmaml import functional, reference
@@ -273,6 +276,49 @@ def test_each_form_has_an_engine_and_one_of_inference_mode_serves_training() -> 
     engines = [recorded.engine for recorded in problem.memo["triton"].values()]
     assert sorted(len(engine.sweep.rows) for engine in engines)[-1] == 3
     assert sorted(len(engine.sweep.rows) for engine in engines)[0] == 0
+
+
+class Allocations(TorchDispatchMode):
+    """The ops that make memory"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given, result = (
+            {a.untyped_storage().data_ptr() for a in tree_leaves(of) if isinstance(a, Tensor)}
+            for of in ((args, kwargs), made)
+        )
+        self.names += [func._schema.name] * bool(result - given)
+        return made
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["a step size", "one for each tensor"])
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_a_run_allocates_nothing(form: str, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside its kernels, which do nothing here"""
+    names = importlib.import_module("fastmaml.kernels").__all__
+    passes = SimpleNamespace(**dict.fromkeys(names, lambda *_, **__: None) | {"types": naive_passes.types})
+    monkeypatch.setitem(KNOWN, "none", naive_passes.backend(passes=passes))
+    run, made = Engine.run, []
+
+    def watched(engine: Engine) -> None:
+        with Allocations() as allocations:
+            run(engine)
+        made.append(allocations.names)
+
+    monkeypatch.setattr(Engine, "run", watched)
+    case = case_of(mlp(3, 40, 40, 2, norm=True), MSE(), 2, 3, 4, 3)
+    if each:
+        case.lr = {n: torch.tensor(0.1, dtype=torch.float64, requires_grad=True) for n in case.params}
+    case = replace(case, fast_weights=form, step_weights=[0.0, 0.5, 1.0])
+    meta_loss(functional, case, backend="none")
+    for x, _ in (case.support, case.query):
+        x.requires_grad_(False)
+    meta_loss(functional, case, backend="none")
+    assert made == [[]] * 4
 
 
 def test_engines_go_with_their_model() -> None:

@@ -76,6 +76,7 @@ small, small_own = small_mlp(False), small_mlp(True)
 forward, backward = layers("linear", "forward", False), layers("linear", "backward", False)
 t_forward, t_backward = layers("linear", "forward", True), layers("linear", "backward", True)
 joined, t_joined = normed(0, (2, 17, 5, 7), False), normed(0, (2, 17, 5, 7), True)
+kept = lambda: test_kernels.test_one_of_each_kept_row((2, 3, 7))  # noqa: E731
 norm, t_norm = (layers("batch_norm", "backward", dual) for dual in (False, True))
 
 # file, text, what takes its place, the test that must fail
@@ -88,6 +89,7 @@ FAULTS = [
     ("linear.py", "w_ptr += t * w_stride + o[None, :]", "w_ptr += o[None, :]", forward),
     ("tiles.py", "base_ptr + t * base_stride + e", "base_ptr + e", backward),
     ("tiles.py", "scale_ptr + t * scale_stride", "scale_ptr", backward),
+    ("rows.py", "rows_ptr + t * size + e", "rows_ptr + e", kept),
     ("norm.py", "at = tl.expand_dims(t * C + c if AXIS == 0 else t * M + m, AXIS) * 4", "at = tl.expand_dims(c if AXIS == 0 else m, AXIS) * 4", norm),
     # a dropped tangent term
     ("linear.py", "acc = dot(x, t_w, acc, PRECISION)", "pass", t_forward),
@@ -100,6 +102,7 @@ FAULTS = [
     ("norm.py", "acc_w += tl.sum(t_g * h + g * t_h, 0)", "acc_w += tl.sum(t_g * h, 0)", t_norm),
     ("cross_entropy.py", "p * (t_z - tl.sum(p * t_z, 1)[:, None])", "p * t_z", losses("cross_entropy", True)),
     # a stale buffer
+    ("rows.py", "BASE_ROWS, LR_ROWS, SCALE_ROWS, SIGN_ROWS,", "False, LR_ROWS, SCALE_ROWS, SIGN_ROWS,", kept),
     ("linear.py", "if ADD:", "if False:", backward),
     ("elementwise.py", "if z_ptr is not None:\n            tl.store(z_ptr", "if False:\n            tl.store(z_ptr", layers("linear", "forward", False, silu)),
     ("norm.py", "tl.store(statistics_ptr + 3, along, mask=group_mask)", "pass", layers("batch_norm", "forward", True)),

@@ -3,7 +3,7 @@
     W_{k+1} = W_k - a_k g_k,    v_k = v_{k+1} - H_k (a_k v_{k+1}),    dL/da_k = - v_{k+1} g_k
 
 An Engine is made once for a kind of call (shapes, what is wanted). It owns every buffer, so that `run`
-allocates nothing, and can be recorded and run again on new data.
+allocates nothing (but what descent.py does), and can be recorded and run again on new data.
 """
 
 import weakref
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..forms import query_losses
 from .descent import Descent
 from .request import Examples, Request, Result, flat_parameters
 from .rows import Rows
@@ -72,9 +73,9 @@ class Engine:
             if node.w is not None and node.w in request.factored:
                 assert kind.query is not None
                 fixed = node.inputs[0] == 0 and K > 0 and not {"x_s", "x_q"} & want
-                sets = K if request.step_weights else 1
+                sets = query_losses(request.step_weights)
                 self.sweep.rows[n] = Rows(
-                    passes, node, self.plan.sizes, kind.support, kind.query, K, sets,
+                    passes, node, self.plan.sizes, kind.support, kind.query, K, sets, second_order,
                     self.adapt[node.w], fixed, precision,
                 )  # fmt: skip
 
@@ -330,12 +331,16 @@ class Engine:
             torch.sum(product, 1, keepdim=True, out=to)
         elif len(self.places) == S:
             for i, place in enumerate(self.places):  # what nothing uses may decay by its step size
-                to[:, i] = 0 if place is None else self._view(product, i).flatten(1).sum(1)
+                column = to[:, i]
+                if place is None:
+                    column.zero_()
+                else:
+                    torch.sum(self._view(product, i).reshape(self.T, -1), 1, out=column)
         else:
             to.copy_(product)
         for rows, x, y, place in self._layers(self._frame(k)):
             if self.adapt[place]:
-                to[:, 0 if S == 1 else place].add_(rows.lr_grad(x, y))
+                rows.add_lr_grad(x, y, to[:, 0 if S == 1 else place])
 
     def _tail(self) -> None:
         if self.kind.tail != "weights":

@@ -28,15 +28,16 @@ class _Stack:
         self.x, self.d = like.new_zeros(T, most, I), like.new_zeros(T, most, O)
         self.count = 0
 
-    def append(self, x: Tensor, d: Tensor) -> None:
-        end = self.count + x.shape[1]
-        self.x[:, self.count : end].copy_(x)
-        self.d[:, self.count : end].copy_(d)
-        self.count = end
+    def grow(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Where these rows more go."""
+        new = slice(self.count, self.count + rows)
+        self.count = new.stop
+        return self.x[:, new], self.d[:, new]
 
 
 class Rows:
-    """passes: as of the sweep; x_fixed: the layer reads x, whose gradient is not wanted"""
+    """passes: as of the sweep; query_sets: query losses; second_order: do the steps add to v?;
+    x_fixed: the layer reads x, whose gradient is not wanted"""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Rows:
         query: Examples,
         steps: int,
         query_sets: int,
+        second_order: bool,
         adapts: bool,
         x_fixed: bool,
         precision: str,
@@ -60,10 +62,12 @@ class Rows:
         self.theta = like.new_zeros(self.O, self.I)
         steps_kept = min(steps, 1) if x_fixed else steps
         self.past = _Stack(like, T, steps_kept * self.N, self.I, self.O)
-        later = self.N if x_fixed else 2 * steps * self.N
+        sets = 1 if x_fixed else steps * (1 + node.moves_in[0]) if second_order else 0
+        later = sets * self.N
         self.later = _Stack(like, T, (1 if x_fixed else query_sets) * self.Q + later, self.I, self.O)
         most = max(self.past.x.shape[1], self.later.x.shape[1], 1)
-        self.scratch = like.new_zeros(T * max(self.N, self.Q) * most)
+        self.scratch = like.new_zeros(2, T * max(self.N, self.Q) * most)
+        self.along = like.new_zeros(T)
         if x_fixed:
             self.base_s, self.base_q = (like.new_zeros(T, n, self.O) for n in (self.N, self.Q))
 
@@ -97,7 +101,7 @@ class Rows:
                 self._add(out, x.value, self.later.x, self.later.d, self.later.count, lr)
             if b is not None and b.tangent is not None:
                 tangent = b.tangent
-                out.add_((tangent if b.lr is None else tangent * b.lr).unsqueeze(1))
+                out.add_(tangent.unsqueeze(1)) if b.lr is None else out.addcmul_(tangent.unsqueeze(1), b.lr)
             return
         if self.fixed:
             out.copy_(self.base_q if on_query else self.base_s)
@@ -120,40 +124,53 @@ class Rows:
         if not self.adapts:
             return
         if self.fixed:
-            self.past.d.sub_(y.grad * lr)
+            self._put(y.grad, self.past.d, self.past.d, lr=lr, sign=-1)
         else:
-            self.past.append(x.value, y.grad * -lr)
+            self._append(self.past, x.value, y.grad, lr=lr, sign=-1)
 
     def step_back(self, y: Any, lr: Tensor) -> None:
         """From W_{k+1} to W_k"""
         if not self.adapts:
             return
         if self.fixed:
-            self.past.d.add_(y.grad * lr)
+            self._put(y.grad, self.past.d, self.past.d, lr=lr)
         else:
             self.past.count -= self.N
 
     def query_rows(self, x: Any, y: Any, scale: Tensor) -> None:
         """v += scale D_q^T X_q"""
         if self.fixed:
-            self.later.d[:, : self.Q].add_(y.grad * scale)
+            to = self.later.d[:, : self.Q]
+            self._put(y.grad, to, to, scale=scale)
         else:
-            self.later.append(x.value, y.grad * scale)
+            self._append(self.later, x.value, y.grad, scale=scale)
 
     def adjoint_rows(self, x: Any, y: Any) -> None:
         """v -= t_D_k^T X_k + D_k^T t_X_k"""
         if self.fixed:
-            self.later.d[:, self.Q :].sub_(y.t_grad)
+            to = self.later.d[:, self.Q :]
+            self._put(y.t_grad, to, to, sign=-1)
             return
-        self.later.append(x.value, -y.t_grad)
+        self._append(self.later, x.value, y.t_grad, sign=-1)
         if x.t_value is not None:
-            self.later.append(x.t_value, -y.grad)
+            self._append(self.later, x.t_value, y.grad, sign=-1)
 
-    def lr_grad(self, x: Any, y: Any) -> Tensor:
-        """-<v_{k+1}, D_k^T X_k> [T], by <d^T x, D^T X> = <d D^T, x X^T>"""
-        n = self.later.count
-        d, inputs = self.later.d[:, :n], self.later.x[:, :n]
-        return -((d @ y.grad.mT) * (inputs @ x.value.mT)).sum((1, 2))
+    def _put(self, rows: Tensor, to: Tensor, base: Tensor | None = None, **how: Any) -> None:
+        self.passes.rows_update(rows, self.types.Update(to, base, **how))
+
+    def _append(self, stack: _Stack, x: Tensor, d: Tensor, **how: Any) -> None:
+        to_x, to_d = stack.grow(x.shape[1])
+        self._put(x, to_x)
+        self._put(d, to_d, **how)
+
+    def add_lr_grad(self, x: Any, y: Any, to: Tensor) -> None:
+        """to [T] -= <v_{k+1}, D_k^T X_k>, by <D^T X, d^T x> = <D d^T, X x^T>"""
+        exact = {"precision": "ieee"}  # its terms may cancel
+        grams = [
+            self._gram(rows, left, self.later.count, number, **exact).value
+            for number, (rows, left) in enumerate(((y.grad, self.later.d), (x.value, self.later.x)))
+        ]
+        to.sub_(torch.sum(grams[0].mul_(grams[1]), (1, 2), out=self.along))
 
     def weight_grad(self, out: Tensor) -> None:
         """v_0, of every task [T, O, I] or summed over them [1, O, I]"""
@@ -178,11 +195,18 @@ class Rows:
         """out += (rows left^T) right, of each task, times the number lr"""
         if count == 0:
             return
-        T, M, _ = out.shape
-        gram = self.scratch[: T * M * count].view(T, M, count)
+        y = self._gram(rows, left, count, 0, lr, **self.precision)
+        x, w = self.types.Buffer(out, out), self.types.Param(right[:, :count])
+        self.passes.linear_backward_input(x, w, y, None, add=True, dual=False, **self.precision)
+
+    def _gram(
+        self, rows: Tensor, left: Tensor, count: int, number: int, lr: Tensor | None = None, **precision: str
+    ) -> Any:
+        """rows left^T [T, M, count], times the number lr, in that scratch"""
+        T, M, _ = rows.shape
+        gram = self.scratch[number, : T * M * count].view(T, M, count)
         Buffer, Param = self.types.Buffer, self.types.Param
-        a = Param(left[:, :count]) if lr is None else Param(left[:, :count], left[:, :count], lr)
+        w = Param(left[:, :count]) if lr is None else Param(left[:, :count], left[:, :count], lr)
         y = Buffer(gram, gram, gram)
-        self.passes.linear_forward(Buffer(rows), a, None, y, None, dual=lr is not None, **self.precision)
-        how = {"add": True, "dual": False, **self.precision}
-        self.passes.linear_backward_input(Buffer(out, out), Param(right[:, :count]), y, None, **how)
+        self.passes.linear_forward(Buffer(rows), w, None, y, None, dual=lr is not None, **precision)
+        return y
