@@ -159,9 +159,7 @@ def _form_lines(
             rows.append((name, shape, "dense", f"it {why}"))
             continue
         dense, other = (
-            forms.gpu_cost(layer, sizes, form)
-            if sizes.gpu
-            else forms.cost(layer, sizes, form, side_by_side)
+            forms.gpu_cost(layer, sizes, form) if sizes.gpu else forms.cost(layer, sizes, form, side_by_side)
             for form in forms.FORMS
         )
         form = "factored" if layer.weight in factored else "dense"
