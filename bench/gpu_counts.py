@@ -1,20 +1,27 @@
 """Launches, operations and bytes of a meta-step on a GPU, found without one: `python -m bench.gpu_counts`.
 
-For each network: what the `triton` backend would launch, what eager grad(vmap) dispatches counted alike, the
-operations of the products, the bytes that launches move against those that must be moved, and two floors by
-datasheets: operations over the peak, and bytes over the bandwidth. No time is predicted: a floor is what no
-implementation of these counts can beat.
+For each network: what the `triton` backend would launch, with the layers factored that it would keep so, and
+`cuda`, in its emulation; what eager grad(vmap) dispatches counted alike, the operations of the products, the
+bytes that launches move against those that must be moved, and two floors by datasheets: operations over the
+peak, and bytes over the bandwidth. No time is predicted: a floor is what no implementation of these counts
+can beat.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ["FASTMAML_EMULATE"] = "1"  # read when fastmaml is imported
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastmaml.backends import cuda, why_not
+from fastmaml.backends.request import Request, Result
+
 from .cases import Case, select
-from .gpu_launches import Launches, is_work, meta_step
+from .gpu_launches import Launches, call, is_work, meta_step
 from .gpu_static import MODELS, markdown
 from .peers import grad_vmap
 
@@ -41,6 +48,27 @@ def eager_ops(case: Case) -> int:
     return count.ops
 
 
+def cuda_launches(case: Case) -> str:
+    """By the `cuda` backend in its emulation: of its kernels, and what torch would launch besides."""
+    if why := cuda.available():
+        raise SystemExit(why)
+    found = []
+
+    def run(request: Request) -> Result:
+        x, sizes = request.like, cuda.Sizes(case.support, case.query)
+        if why_not("cuda", request.problem, x.device, x.dtype, sizes):
+            found.append("does not fit")
+            return Result()
+        before = cuda._library().fastmaml_cuda_launches()
+        with _Count() as count:
+            result = cuda.run(request)
+        found.append(f"{cuda._library().fastmaml_cuda_launches() - before} + {count.ops}")
+        return result
+
+    call(case, torch.float32, "cuda", run)
+    return found[0]
+
+
 def least_bytes(case: Case) -> int:
     """The parameters, the examples and the gradient, once each: what any implementation reads and writes."""
     parameters = sum(p.numel() for p in case.model().parameters())
@@ -49,7 +77,8 @@ def least_bytes(case: Case) -> int:
 
 
 def launches_of_a_layer(case: Case, step: Launches) -> str:
-    """Launches for each linear or norm layer and pass over the network, at most 2 being the aim."""
+    """Launches, torch's too, for each linear or norm layer and pass over the network, at most 2 being the
+    aim."""
     if len(step.names) == 1:
         return "all in one"
     layers = sum(type(m).__name__ in ("Linear", "BatchNorm1d") for m in case.model().modules())
@@ -57,7 +86,7 @@ def launches_of_a_layer(case: Case, step: Launches) -> str:
         2 * case.steps + 1
     )  # forward and backward, plain and dual in each step, plain for the query
     losses = 2 * case.steps + 1
-    return f"{(len(step.names) - losses) / (layers * passes):.2f}"
+    return f"{(len(step.names) + step.torch_ops - losses) / (layers * passes):.2f}"
 
 
 def row(case: Case) -> list[str]:
@@ -69,15 +98,16 @@ def row(case: Case) -> list[str]:
         for fp32, tf32, memory in DEVICES.values()
     ]
     return [
-        case.name, str(len(step.names)), str(step.torch_ops), launches_of_a_layer(case, step),
-        str(eager_ops(case)), f"{step.flops / 1e6:.1f}", f"{step.bytes / 2**20:.1f}", f"{least / 2**20:.2f}",
-        *floors,
+        case.name, str(step.factored), str(len(step.names)), str(step.torch_ops),
+        launches_of_a_layer(case, step), cuda_launches(case), str(eager_ops(case)),
+        f"{step.flops / 1e6:.1f}", f"{step.bytes / 2**20:.1f}", f"{least / 2**20:.2f}", *floors,
     ]  # fmt: skip
 
 
 HEADER = [
-    "case", "kernels", "torch ops besides", "kernels a layer and pass", "eager grad(vmap) ops", "MFLOP",
-    "MiB moved", "MiB at least", *[f"{name} floors [us]" for name in DEVICES],
+    "case", "factored layers", "kernels", "torch ops besides", "launches a layer and pass", "`cuda`",
+    "eager grad(vmap) ops", "MFLOP", "MiB moved", "MiB at least",
+    *[f"{name} floors [us]" for name in DEVICES],
 ]  # fmt: skip
 
 
@@ -85,10 +115,11 @@ def table(cases: list[Case]) -> str:
     lines: list[Any] = [
         "# Counts of a second-order meta-step",
         "",
-        "By `python -m bench.gpu_counts`. Kernels: launches of the `triton` backend, all in one CUDA graph.",
-        "MiB moved: every tensor of a launch once. Floors: float32 operations / TF32 operations / bytes",
-        "moved. The `cuda` backend launches one kernel for all of it, where a network fits",
-        "(`fastmaml.explain`). Nothing here was run on a GPU.",
+        "By `python -m bench.gpu_counts`. Kernels and torch ops: launches of the `triton` backend, all in",
+        "one CUDA graph, with those layers' weights factored that it would keep so. `cuda`: launches of",
+        "that backend where a network fits, counted in its emulation, and torch ops besides. MiB moved:",
+        "every tensor of a launch once. Floors: float32 operations / TF32 operations / bytes moved.",
+        "Nothing here was run on a GPU.",
         "",
         markdown(HEADER, [row(case) for case in cases]),
         "",

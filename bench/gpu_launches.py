@@ -3,7 +3,7 @@ and each launch is noted, or compiled for an architecture, instead of done."""
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from fastmaml.backends import problem_for
+from fastmaml.backends import factored_weights, problem_for
 from fastmaml.backends.engine import Engine
 from fastmaml.backends.request import Functions, Request, Result
 from fastmaml.backends.small_mlp import SmallMlp
@@ -51,13 +53,15 @@ class _Driver:
 @dataclass
 class Launches:
     """names: of the kernels, one for each launch; compiled: by identity; torch_ops: those that are no views
-    flops: of the products;  bytes: of the tensors that a launch reads or writes, once each"""
+    flops: of the products;  bytes: of the tensors that a launch or op reads or writes, once each
+    factored: the linear layers whose weights stay so"""
 
     names: list[str] = field(default_factory=list)
     compiled: dict[int, Any] = field(default_factory=dict)
     torch_ops: int = 0
     flops: int = 0
     bytes: int = 0
+    factored: int = 0
 
 
 class _Ops(TorchDispatchMode):
@@ -69,6 +73,10 @@ class _Ops(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if is_work(func):
             self.launches.torch_ops += 1
+            self.launches.bytes += _bytes(tree_leaves((args, kwargs, result)))
+            if func.overloadpacket in flop_registry:
+                count = flop_registry[func.overloadpacket]
+                self.launches.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -87,6 +95,20 @@ def _size(a: Tensor) -> int:
     return n * a.element_size()
 
 
+def _bytes(arguments: Iterable[Any]) -> int:
+    return sum(map(_size, {(a.data_ptr(), a.shape): a for a in arguments if isinstance(a, Tensor)}.values()))
+
+
+def _flops(kernel: str, T: int, a: dict[str, Any]) -> int:
+    """Of the products [M, I] x [I, O] of a linear layer's pass, by the kernel's arguments."""
+    products = {
+        "linear_forward_kernel": lambda: a["HAS_T_X"] + a["HAS_T_W"] if a["DUAL"] else 1,
+        "linear_backward_input_kernel": lambda: 1 + (a["DUAL"] and a["HAS_T_W"]),
+        "linear_backward_weight_kernel": lambda: a["HAS_W"] * (1 + (a["DUAL"] and a["HAS_T_X"])),
+    }
+    return 2 * T * a["M"] * a["I"] * a["O"] * products[kernel]() if kernel in products else 0
+
+
 @contextmanager
 def noted(arch: int | None = None) -> Iterator[Launches]:
     """Inside, a launch is noted; with an architecture (80, 90, ..) compiled too."""
@@ -97,9 +119,10 @@ def noted(arch: int | None = None) -> Iterator[Launches]:
 
     def launch_of(kernel: Any, grid: Any) -> Any:
         def launch(*args: Any, **kwargs: Any) -> None:
-            launches.names.append(kernel.fn.__name__)
-            tensors = {(a.data_ptr(), a.shape): a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)}
-            launches.bytes += sum(map(_size, tensors.values()))
+            name = kernel.fn.__name__
+            launches.names.append(name)
+            launches.bytes += _bytes((*args, *kwargs.values()))
+            launches.flops += _flops(name, grid[0], dict(zip(kernel.arg_names, args, strict=False)) | kwargs)
             if arch is not None:
                 made = kernel.run(*args, grid=grid, warmup=True, **kwargs)
                 launches.compiled[id(made)] = made
@@ -121,9 +144,6 @@ def meta_step(
     dtype = torch.float64 if precision == "float64" else torch.float32
     if dtype is torch.float64:
         precision, fused = "ieee", False
-    model = case.model(dtype)
-    support, query = case.data(dtype)
-    problem = problem_for(model, support[0].shape[2:], resolve(case.loss))
     noted_here: list[Launches] = []
 
     def run(request: Request) -> Result:
@@ -131,10 +151,23 @@ def meta_step(
         engine.load(request)
         with noted(arch) as launches, _Ops(launches):
             engine.run()
-        launches.flops = _product_flops(engine)
+        if isinstance(engine, SmallMlp):
+            launches.flops += _mlp_flops(engine)
+        launches.factored = len(engine.sweep.rows)
         noted_here.append(launches)
         return engine.result()
 
+    call(case, dtype, "triton", run)
+    return noted_here[0]
+
+
+def call(case: Case, dtype: torch.dtype, backend: str, run: Callable[[Request], Result]) -> None:
+    """That meta-gradient as the backend is asked for it, with the weights factored that it would keep so."""
+    model = case.model(dtype)
+    support, query = case.data(dtype)
+    problem = problem_for(model, support[0].shape[2:], resolve(case.loss))
+    sizes = case.tasks, case.support, case.query, case.steps, 1, False
+    none_own = (False,) * len(problem.names)
     Functions(run).meta_loss(
         problem,
         [p.detach() for p in model.parameters()],
@@ -147,25 +180,22 @@ def meta_step(
         per_task=False,
         scale=1 / case.tasks,
         needs=frozenset({"params"}),
+        factored=factored_weights(problem, backend, sizes, none_own, 1, None),
     )
-    return noted_here[0]
 
 
-def _product_flops(engine: Engine) -> int:
-    """Of the linear layers: 2 M I O for each product. Plain: forward, and back to input and weight; dual: two
-    products in the place of each, one where the input has no tangent."""
+def _mlp_flops(engine: SmallMlp) -> int:
+    """Of the layers in one kernel: 2 N I O for each product. Plain: forward, and back to input and weight;
+    dual: two products in the place of each, one where the input has no tangent, and the values and gradients
+    made anew beside their tangents."""
     total = 0
     for node in engine.plan.nodes:
-        if node.name != "linear":
-            continue
-        (R, I), (_, O) = engine.plan.sizes[node.inputs[0]], engine.plan.sizes[node.out]
+        (_, I), (_, O) = engine.plan.sizes[node.inputs[0]], engine.plan.sizes[node.out]
         moves = node.moves_in[0]
         plain = 2 + moves
-        dual = (1 + moves) + 2 * moves + (1 + moves)
-        if isinstance(engine, SmallMlp):  # values and gradients are made anew beside their tangents
-            dual += 1 + moves
+        dual = (1 + moves) + 2 * moves + (1 + moves) + (1 + moves)
         assert engine.support is not None
         assert engine.query is not None
         N, Q = engine.support.x.shape[1], engine.query.x.shape[1]
-        total += 2 * engine.T * R * I * O * (engine.K * N * (plain + dual) + Q * plain)
+        total += 2 * engine.T * I * O * (engine.K * N * (plain + dual) + Q * plain)
     return total

@@ -82,6 +82,7 @@ struct Thread {
 
 inline thread_local Thread* current = nullptr;
 inline std::mutex one_launch;
+inline int64_t launches;  // so far
 inline cuda::Team shape;  // of the launch's teams
 inline unsigned team_threads() { return shape.blocks * shape.threads; }
 
@@ -360,6 +361,7 @@ int launch(void (*kernel)(Parameters...), unsigned teams, const Team& team, void
   const std::lock_guard<std::mutex> alone(emulation::one_launch);
   if (team.threads % 32) emulation::fail("a block must be whole warps");
   emulation::shape = team;
+  ++emulation::launches;
   const unsigned blocks = std::min(teams, emulation::resident) * team.blocks;
   std::vector<emulation::Memory> memory(blocks, emulation::Memory(team.bytes, static_cast<char>(0xff)));
   std::vector<emulation::Warp> warps(blocks * team.threads / 32);
