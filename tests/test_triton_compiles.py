@@ -27,7 +27,7 @@ def test_a_network_compiles_without_spills(arch: str, precision: str, tmp_path: 
     if every > 1 and (arch, precision) not in (("80", "tf32"), ("90", "ieee"), ("100", "float64")):
         pytest.skip("with --all")
     out = tmp_path / "table.md"
-    models = ["sine/small", "mlp/policy"]
+    models = ["sine/small", "mlp/policy", "wide/1024"]  # in ieee; the last with factored layers
     command = [sys.executable, "-m", "bench.gpu_static", "--models", *models, "--out", out]
     done = subprocess.run(
         [*command, "--arch", arch, "--precision", precision],
@@ -35,4 +35,5 @@ def test_a_network_compiles_without_spills(arch: str, precision: str, tmp_path: 
         cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"| sm_{arch} | {precision} | linear_forward_kernel |" in out.read_text()
+    for kernel in ("linear_forward", *["rows_update"] * (precision == "ieee")):
+        assert f"| sm_{arch} | {precision} | {kernel}_kernel |" in out.read_text()
