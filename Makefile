@@ -102,7 +102,7 @@ gpu: setup $(V)/.bench
 	else echo "no compute-sanitizer on PATH: the memory checker was not run"; fi
 	$(V)/bin/python -m bench.gpu $(ARGS)
 
-gpu-static: setup
+gpu-static: setup emulation
 	$(PIP) --quiet "cuxray==0.6.0"
 	$(V)/bin/python -m bench.gpu_static --conflicts --out bench/results/gpu_static.md
 	$(V)/bin/python -m bench.cuda_static --out bench/results/cuda_static.md

@@ -214,9 +214,8 @@ def gradients(value: Tensor, case: Case) -> dict[str, Tensor]:
 
 
 def error(actual: Tensor, truth: Tensor) -> float:
-    """Largest difference over the largest number, or over 1e-4: less is what larger numbers left of each
-    other, as in the gradient through a norm or a clipped gradient, and known as well as these."""
+    """Largest difference over the largest number"""
     if truth.numel() == 0:
         return 0.0
     difference, size = (actual.double() - truth).abs().max(), truth.abs().max()
-    return float(difference / size.clamp(min=1e-4)) if size > 1e-12 else float(difference)
+    return float(difference / size) if size > 1e-12 else float(difference)

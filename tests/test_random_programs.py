@@ -68,7 +68,8 @@ FUNCTIONS = [meta_loss, inner_loop, value_and_grad, apply]
 
 
 def conditioning(function, c: Case, how: dict) -> float:
-    """The relative change of the reference's own result over that of the parameters, for one of 1e-13."""
+    """The relative change of the reference's own result over that of the parameters, for one of 1e-13, or over
+    what float32 rounds, if that is more: little left of large numbers changes little with the parameters."""
     before = _everything(function, reference, c, how)
     generator = torch.Generator().manual_seed(0)
     moved = Case(**vars(c))
@@ -79,7 +80,11 @@ def conditioning(function, c: Case, how: dict) -> float:
         for n, p in c.params.items()
     }
     after = _everything(function, reference, moved, how)
-    return max(error(after[n], before[n]) for n in before) / 1e-13
+    c.model.float()
+    rounded = _everything(function, reference, c.to(torch.float32), how)
+    c.model.double()
+    changes = (after, 1e-13), (rounded, torch.finfo(torch.float32).eps)
+    return max(error(found[n], before[n]) / by for found, by in changes for n in before)
 
 
 def _everything(function, f, c: Case, how: dict) -> dict[str, Tensor]:
