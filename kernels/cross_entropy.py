@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .mse import example_weight
-from .tiles import as_number, check_group, power_of_two
+from .tiles import as_number, check_group, power_of_two, warps_for
 from .types import Buffer
 
 
@@ -78,8 +78,9 @@ def cross_entropy(z: Buffer, target, weight, loss, *, smoothing: float, dual: bo
     T, N, C = z.value.shape
     check_group(C, "an output of classes")
     BLOCK_C = power_of_two(C, 1, 1 << 20)
+    BLOCK_N = power_of_two(N, 1, max(2048 // BLOCK_C, 1))
     cross_entropy_kernel[(T,)](
         z.value, target, weight, z.t_value, z.t_grad if dual else z.grad, loss, N, C,
         SMOOTHING=smoothing, HAS_WEIGHT=weight is not None, DUAL=dual,
-        BLOCK_N=power_of_two(N, 1, max(2048 // BLOCK_C, 1)), BLOCK_C=BLOCK_C,
+        BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=warps_for(BLOCK_N * BLOCK_C, z.value),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .elementwise import load_grad, store_activated
 from .tiles import (
@@ -21,6 +22,7 @@ from .tiles import (
     store_update,
     stride,
     update_arguments,
+    warps_for,
 )
 from .types import NO_ACTIVATION, Activation, Buffer, Norm, Param, Update
 
@@ -278,19 +280,17 @@ def norm_backward_kernel(
         )  # fmt: skip
 
 
-def tile(M: int, C: int, axis: int) -> dict[str, int]:
-    """A tile holds whole groups, and about 2048 numbers if they leave the choice."""
+def tile(x: Tensor, axis: int) -> dict[str, int]:
+    """A tile of x [T, M, C] holds whole groups, and about 2048 numbers if they leave the choice."""
+    _, M, C = x.shape
     check_group(M if axis == 0 else C, "a group of a norm")
     if axis == 0:
         BLOCK_M = power_of_two(M, 1, 1 << 20)
-        return _with_warps({"BLOCK_M": BLOCK_M, "BLOCK_C": power_of_two(C, 1, max(2048 // BLOCK_M, 1))})
-    BLOCK_C = power_of_two(C, 1, 1 << 20)
-    return _with_warps({"BLOCK_M": power_of_two(M, 1, max(2048 // BLOCK_C, 1)), "BLOCK_C": BLOCK_C})
-
-
-def _with_warps(blocks: dict[str, int]) -> dict[str, int]:
-    numbers = blocks["BLOCK_M"] * blocks["BLOCK_C"]
-    return blocks | {"num_warps": 4 if numbers <= 4096 else 8 if numbers <= 8192 else 16}
+        BLOCK_C = power_of_two(C, 1, max(2048 // BLOCK_M, 1))
+    else:
+        BLOCK_C = power_of_two(C, 1, 1 << 20)
+        BLOCK_M = power_of_two(M, 1, max(2048 // BLOCK_C, 1))
+    return {"BLOCK_M": BLOCK_M, "BLOCK_C": BLOCK_C, "num_warps": warps_for(BLOCK_M * BLOCK_C, x)}
 
 
 def norm_arguments(norm: Norm | None) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def norm_forward(
 ) -> None:  # fmt: skip
     """y [T, M, C] and the statistics, or their tangents. z: as in linear_forward"""
     T, M, C = x.value.shape
-    blocks = tile(M, C, axis)
+    blocks = tile(x.value, axis)
     norm_forward_kernel[(T, triton.cdiv(M, blocks["BLOCK_M"]), triton.cdiv(C, blocks["BLOCK_C"]))](
         x.value, x.t_value, M, C, **norm_arguments(Norm(w, b, y, z, statistics, act, eps, axis)),
         HAS_T_X=x.t_value is not None, DUAL=dual, **blocks,
@@ -345,7 +345,7 @@ def norm_backward(
     """The gradient by x from that by y, or its tangent, written or added to what is there, if it is wanted;
     and those by w and b [T, C] to where the updates say."""
     T, M, C = x.value.shape
-    blocks = tile(M, C, axis)
+    blocks = tile(x.value, axis)
     W = w or Param(x.value)
     norm_backward_kernel[(T, triton.cdiv(C, blocks["BLOCK_C"]))](
         x.value, y.grad, x.t_value, y.t_grad,

@@ -121,3 +121,11 @@ def check_group(n: int, what: str) -> None:
 
 def power_of_two(n: int, least: int, most: int) -> int:
     return max(least, min(most, triton.next_power_of_2(n)))
+
+
+def warps_for(numbers: int, x: Tensor) -> int:
+    """Of a program that holds so many numbers like x's at once, and what is made of them, in registers: the
+    dual backward pass of a norm spills with more than 64 bytes a thread. With 16 warps a thread has half the
+    registers."""
+    size = numbers * x.element_size()
+    return 4 if size <= 8 << 10 else 8 if size <= 32 << 10 else 16
