@@ -82,7 +82,7 @@ def main() -> None:
         "a cluster. A block has at most 256 threads; its shared memory depends on the network. None of these",
         "was run on a GPU.",
     ]
-    publish("The CUDA kernels as compiled", about, HEADER, rows, args.out, faults(found))
+    publish("The CUDA kernels as compiled", about, [(HEADER, rows)], args.out, faults(found))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,17 @@ from .gpu_conflicts import TOOLS, Conflicts
 from .gpu_launches import meta_step
 
 MODELS = ("sine/small", "sine/5-steps", "mlp/policy", "omniglot-mlp/5-steps")
+ROUNDED = ("mlp/policy", "omniglot-mlp/5-steps")  # for the precisions but ieee
 ARCHITECTURES = (80, 90, 100, 120)
 PRECISIONS = ("ieee", "tf32", "bf16", "float64")
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability":
 # shared memory [KiB] and threads of a multiprocessor, its blocks at most; all have 65536 registers
 LIMITS = {80: (164, 2048, 32), 90: (228, 2048, 32), 100: (228, 2048, 32), 120: (100, 1536, 24)}
+KEPT = 1024  # bytes of it that the system takes for each block
+
+# of a TF32 product in shared memory: more is what loads ahead of their use bring (kernels/linear.py, tile)
+MOST_WAYS = 8
 
 # where the products must use them: 120 has none for float64
 TENSOR_CORES = {(a, p) for a in ARCHITECTURES for p in PRECISIONS} - {(a, "ieee") for a in ARCHITECTURES}
@@ -53,17 +58,21 @@ class Kernel:
     conflicts: Conflicts | str = "not asked"
 
     def blocks(self, arch: int) -> tuple[int, str]:
-        """Blocks on one multiprocessor, and what keeps them from being more."""
-        shared, threads, most = LIMITS[arch]
-        registers = -(-self.registers // 8) * 8 * self.threads  # given out by 8 a thread
-        room = {
-            "registers": 65536 // max(registers, 1),
-            "shared memory": (shared << 10) // (self.shared + 1024),  # the system keeps 1 KiB a block
-            "threads": threads // self.threads,
-            "blocks": most,
-        }
-        limit = min(room, key=lambda name: room[name])
-        return room[limit], limit
+        return occupancy(arch, self.registers, self.shared, self.threads)
+
+
+def occupancy(arch: int, registers: int, shared: int, threads: int) -> tuple[int, str]:
+    """Blocks on one multiprocessor, and what keeps them from being more."""
+    memory, most_threads, most = LIMITS[arch]
+    of_block = -(-registers // 8) * 8 * threads  # given out by 8 a thread
+    room = {
+        "registers": 65536 // max(of_block, 1),
+        "shared memory": (memory << 10) // (shared + KEPT),
+        "threads": most_threads // threads,
+        "blocks": most,
+    }
+    limit = min(room, key=lambda name: room[name])
+    return room[limit], limit
 
 
 def _tool(name: str, *args: object) -> str:
@@ -138,6 +147,17 @@ def table(arch: int, precision: str, found: list[Kernel]) -> list[list[str]]:
     return rows
 
 
+def wrong(arch: int, precision: str, found: list[Kernel]) -> list[str]:
+    products = [k for k in found if k.name.startswith("linear")]
+    why = [f"{k.name} spills {k.spills} bytes" for k in found if k.spills]
+    if (arch, precision) in TENSOR_CORES and not all(k.tensor_cores for k in products):
+        why.append("a product without tensor cores")
+    for k in products if precision == "tf32" else ():
+        if isinstance(k.conflicts, Conflicts) and k.conflicts.ways > MOST_WAYS:
+            why.append(f"{k.name} has bank conflicts, {k.conflicts}")
+    return why
+
+
 HEADER = [
     "arch", "precision", "kernel", "specialisations", "registers", "spilled bytes", "shared KiB",
     "blocks on an SM (limit)", "tensor-core instructions", "bank conflicts",
@@ -158,13 +178,12 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def publish(
     title: str,
     about: list[str],
-    header: list[str],
-    rows: list[list[str]],
+    tables: list[tuple[list[str], list[list[str]]]],
     out: Path | None,
     faults: list[str],
 ) -> None:
-    """Prints the table, writes it to `out`, and ends with the faults if there are any."""
-    text = "\n".join([f"# {title}", "", *about, "", markdown(header, rows), ""])
+    """Prints the tables, writes them to `out`, and ends with the faults if there are any."""
+    text = "\n\n".join([f"# {title}", "\n".join(about), *(markdown(*table) for table in tables)]) + "\n"
     print(text)
     if out:
         out.write_text(text)
@@ -179,12 +198,7 @@ def models_of(args: argparse.Namespace, precision: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static", description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument(
-        "--rounded",
-        nargs="+",
-        default=["mlp/policy"],
-        help="models for the other precisions (default mlp/policy)",
-    )
+    parser.add_argument("--rounded", nargs="+", default=list(ROUNDED), help="models for the other precisions")
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument("--out", type=Path, help="where to write the table")
@@ -205,14 +219,11 @@ def main() -> None:
         for (precision, arch), future in zip(pairs, futures, strict=True):
             found = future.result()
             rows += table(arch, precision, found)
-            faults += [f"sm_{arch} {precision}: {k.name} spills {k.spills} bytes" for k in found if k.spills]
-            products = [k for k in found if k.name.startswith("linear")]
-            if (arch, precision) in TENSOR_CORES and not all(k.tensor_cores for k in products):
-                faults.append(f"sm_{arch} {precision}: a product without tensor cores")
+            faults += [f"sm_{arch} {precision}: {why}" for why in wrong(arch, precision, found)]
             print(f"sm_{arch} {precision}: {len(found)} specialisations", file=sys.stderr)
     what = "; ".join(f"{p} for {', '.join(models_of(args, p))}" for p in args.precision)
     about = [f"By `python -m bench.gpu_static`, triton {triton.__version__}:", f"{what}.", NOTE]
-    publish("The Triton kernels as compiled", about, HEADER, rows, args.out, faults)
+    publish("The Triton kernels as compiled", about, [(HEADER, rows)], args.out, faults)
 
 
 if __name__ == "__main__":
