@@ -105,7 +105,7 @@ gpu: setup $(V)/.bench
 gpu-static: setup emulation
 	$(PIP) --quiet "cuxray==0.6.0"
 	$(V)/bin/python -m bench.gpu_static --conflicts --out bench/results/gpu_static.md
-	$(V)/bin/python -m bench.cuda_static --out bench/results/cuda_static.md
+	$(V)/bin/python -m bench.cuda_static --conflicts --out bench/results/cuda_static.md
 	$(V)/bin/python -m bench.gpu_counts --out bench/results/gpu_counts.md
 
 lint: setup $(V)/.dev

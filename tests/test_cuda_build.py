@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,15 +42,19 @@ def test_no_kernel_spills_and_tensor_cores_are_where_they_should() -> None:
     pytest.importorskip("triton")  # for its cuobjdump
     done = subprocess.run(
         [sys.executable, "-m", "bench.cuda_static"],
-        env={n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"},
+        env={n: v for n, v in os.environ.items() if n not in ("TRITON_INTERPRET", "FASTMAML_EMULATE")},
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.split(" | ")[:2] for line in done.stdout.splitlines() if line.startswith("| sm_")]
+    kernels, _, networks = done.stdout.partition("| arch | network |")
+    rows = [line.split(" | ")[:2] for line in kernels.splitlines() if line.startswith("| sm_")]
     # by a block and by a cluster, float32 and float64
     assert len({name for _, name in rows}) == 4
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") is None
     assert {arch.removeprefix("| ") for arch, _ in rows} == set(ARCHITECTURES) or not wanted
+    # small networks lie in a block, Omniglot's in none
+    assert re.search(r"sine/small \| ieee \| one_block \| 1 x 128 \| [\d.]+ \| [1-9]\d* \(", networks)
+    assert re.search(r"omniglot-mlp/5-steps \| ieee \| none: it needs \d+ bytes", networks)
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason="no C++ extension")

@@ -1,4 +1,5 @@
-"""bench/gpu_conflicts.py says of kernels what follows from their source: 32 banks of 4 bytes."""
+"""bench/gpu_conflicts.py and the emulation of the CUDA kernels say of kernels what follows from their source:
+32 banks of 4 bytes."""
 
 import importlib
 import os
@@ -7,8 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("triton")
 
 KERNEL = """
 extern "C" __global__ void kernel(const NUMBER* in, NUMBER* out, int n) {
@@ -35,6 +34,7 @@ extern "C" __global__ void kernel(const NUMBER* in, NUMBER* out, int n) {
     ],
 )
 def test_known_conflicts_are_found(number: str, stride: int, ways: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
     conflicts = importlib.import_module("bench.gpu_conflicts")
     nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     if conflicts.missing() or nvcc is None:
@@ -45,3 +45,46 @@ def test_known_conflicts_are_found(number: str, stride: int, ways: int, tmp_path
     found = conflicts.of_cubin(cubin, 32)["kernel"]
     assert found.ways == ways
     assert (found.conflicted > 0) == (ways > 1)
+
+
+EMULATED = """
+#include "device.h"
+namespace fastmaml::cuda {
+struct alignas(16) Vector {
+  float at[4];
+};
+template <class T, int stride>
+void kernel(int) {
+  own_shared<T>()[threadIdx.x * stride] = T{};
+}
+}  // namespace fastmaml::cuda
+extern "C" void fastmaml_cuda_banks(int64_t*);
+template <class T, int stride>
+void tell() {
+  using namespace fastmaml::cuda;
+  int64_t found[5];
+  launch(kernel<T, stride>, 1, Team{1, 32, 32 * stride * int(sizeof(T))}, nullptr, 0);
+  fastmaml_cuda_banks(found);
+  std::printf("%d %d\\n", int(found[0]), int(found[2]));
+}
+int main() {
+  using fastmaml::cuda::Vector;
+  tell<float, 1>(), tell<float, 2>(), tell<float, 32>(), tell<float, 33>();
+  tell<double, 1>(), tell<double, 2>(), tell<Vector, 1>(), tell<Vector, 3>(), tell<Vector, 8>();
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_known_conflicts_are_counted_in_the_emulation(tmp_path: Path) -> None:
+    conflicts = importlib.import_module("bench.cuda_conflicts")
+    if not conflicts.EMULATION.exists():
+        pytest.skip("no source tree")
+    source, test = tmp_path / "kernel.cpp", tmp_path / "kernel"
+    source.write_text(EMULATED)
+    here = conflicts.compiled(source, tmp_path, counted=True), conflicts.banks(tmp_path)
+    subprocess.run(["g++", "-pthread", *here, "-o", test], check=True)
+    said = subprocess.run([test], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split() for line in said] == [
+        ["1", ways] for ways in ("1", "2", "32", "1", "1", "2", "1", "1", "8")
+    ]

@@ -22,7 +22,8 @@ int why_absent();
 FASTMAML_ENTRY int64_t fastmaml_cuda_table_size() { return sizeof(fastmaml::cuda::Table); }
 
 // Lays the program out. found: the bytes of shared memory that a task needs, the numbers of a set of weights,
-// and the blocks that share a task. why: up to 255 characters on why it cannot be, if the result is not 0.
+// the blocks that share a task, and the threads of each. why: up to 255 characters on why it cannot be, if
+// the result is not 0.
 FASTMAML_ENTRY int fastmaml_cuda_plan(const char* program, const fastmaml::cuda::Sizes* sizes,
                                       fastmaml::cuda::Table* table, int64_t* found, char* why) {
   try {
@@ -30,6 +31,7 @@ FASTMAML_ENTRY int fastmaml_cuda_plan(const char* program, const fastmaml::cuda:
     found[0] = int64_t(table->numbers) * sizes->itemsize;
     found[1] = table->P;
     found[2] = table->blocks;
+    found[3] = table->threads;
     return 0;
   } catch (const std::exception& error) {
     std::strncpy(why, error.what(), 255);

@@ -218,9 +218,14 @@ def _shared_limit(index: int) -> int:
 
 def largest(problem: "Problem", device: torch.device, dtype: torch.dtype, sizes: Sizes) -> "Plan":
     """What a call with all gradients needs."""
+    return _plan(problem, dtype.itemsize, device, **with_all_gradients(sizes))
+
+
+def with_all_gradients(sizes: Sizes) -> dict[str, int]:
+    """What a plan is made of, of a call with all of them."""
     N, Q = sizes
     how = {"adjoint": 1, "dual_step": N > 0, "curvature": N == 0, "x_s": N > 0, "x_q": Q > 0, "lr": N > 0}
-    return _plan(problem, dtype.itemsize, device, N=N, Q=Q, **how)
+    return {"N": N, "Q": Q, **how}
 
 
 @cache
@@ -234,6 +239,7 @@ class Plan(NamedTuple):
     bytes: int  # of shared memory that a task needs
     P: int  # numbers of a set of weights
     blocks: int  # that share a task
+    threads: int  # of each
     limit: int  # bytes of shared memory that each of them can have
 
     @property
@@ -256,19 +262,24 @@ def _threads() -> int:
 
 
 def _plan(problem: "Problem", itemsize: int, device: torch.device, **sizes: int) -> Plan:
-    threads, limit, blocks = _threads(), shared_limit(device), _most_blocks(_index(device))
+    return plan_within(problem, itemsize, shared_limit(device), _most_blocks(_index(device)), **sizes)
+
+
+def plan_within(problem: "Problem", itemsize: int, limit: int, blocks: int, **sizes: int) -> Plan:
+    """By at most so many blocks, each of `limit` bytes."""
+    threads = _threads()
     key = "cuda plan", itemsize, threads, limit, blocks, *sizes.items()
     if key not in problem.memo:
         library = _library()
         table = ctypes.create_string_buffer(library.fastmaml_cuda_table_size())
-        found, why = (ctypes.c_int64 * 3)(), ctypes.create_string_buffer(256)
+        found, why = (ctypes.c_int64 * 4)(), ctypes.create_string_buffer(256)
         of = {**sizes, "itemsize": itemsize, "threads": threads, "limit": limit, "blocks": blocks}
         given = _Sizes(**{n: int(v) for n, v in of.items()})
         text = problem.encoded[itemsize].encode()
         if library.fastmaml_cuda_plan(text, ctypes.byref(given), table, found, why):
             raise ValueError(why.value.decode())
-        need, P, blocks = found
-        problem.memo[key] = Plan(table, need, P, blocks, limit)
+        need, P, blocks, threads = found
+        problem.memo[key] = Plan(table, need, P, blocks, threads, limit)
     return problem.memo[key]
 
 

@@ -72,7 +72,8 @@ struct Thread {
   Memory* shared = nullptr;  // of the first block of its team; those of the others follow
   Warp* warp = nullptr;
   State state = State::running;
-  int line = 0;  // of the barrier that it waits at
+  int line = 0;        // of the barrier that it waits at
+  unsigned waits = 0;  // that are behind it
 #ifndef FASTMAML_EMULATE_THREADS
   ucontext_t context;
   jmp_buf jump;
@@ -134,6 +135,7 @@ inline void wait_for(State others, int line) {
   current->state = others;
   current->line = line;
   yield();
+  ++current->waits;
 }
 inline void sleep_while(std::atomic<unsigned>& turn, unsigned from) {
   while (turn.load(std::memory_order_relaxed) == from) yield();
@@ -150,6 +152,7 @@ inline void fiber() {
 
 inline void wait_for_warp() {
   Warp& w = *current->warp;
+  ++current->waits;
   const unsigned turn = w.turn.load(std::memory_order_relaxed);
   if (w.arrived.fetch_add(1, std::memory_order_relaxed) + 1 == 32) {
     w.arrived.store(0, std::memory_order_relaxed);
@@ -376,6 +379,7 @@ int launch(void (*kernel)(Parameters...), unsigned teams, const Team& team, void
     if (reinterpret_cast<uintptr_t>(t.shared->data()) % 16) emulation::fail("shared memory is not aligned");
   }
   emulation::run(all, [&] { kernel(arguments...); });
+  emulation::current = nullptr;
   return 0;
 }
 
