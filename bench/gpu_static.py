@@ -54,6 +54,7 @@ class Kernel:
     spills: int  # bytes of a thread that are stored
     shared: int  # bytes of a block
     threads: int
+    products: bool  # has it any?
     tensor_cores: int  # instructions
     conflicts: Conflicts | str = "not asked"
 
@@ -95,6 +96,7 @@ def read(compiled: Any, conflicts: bool = False) -> Kernel:
         spilled(compiled) if found["STACK"] else 0,
         compiled.metadata.shared,
         threads,
+        "tt.dot" in compiled.asm["ttir"],
         tensor_instructions(code),
         gpu_conflicts.of_compiled(compiled.asm, threads) if conflicts else "not asked",
     )
@@ -148,10 +150,10 @@ def table(arch: int, precision: str, found: list[Kernel]) -> list[list[str]]:
 
 
 def wrong(arch: int, precision: str, found: list[Kernel]) -> list[str]:
-    products = [k for k in found if k.name.startswith("linear")]
+    products = [k for k in found if k.products]
     why = [f"{k.name} spills {k.spills} bytes" for k in found if k.spills]
-    if (arch, precision) in TENSOR_CORES and not all(k.tensor_cores for k in products):
-        why.append("a product without tensor cores")
+    if (arch, precision) in TENSOR_CORES:
+        why += [f"{k.name} has a product without tensor cores" for k in products if not k.tensor_cores]
     for k in products if precision == "tf32" else ():
         if isinstance(k.conflicts, Conflicts) and k.conflicts.ways > MOST_WAYS:
             why.append(f"{k.name} has bank conflicts, {k.conflicts}")
