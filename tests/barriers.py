@@ -47,4 +47,4 @@ def run(self: Interp, *args: Any) -> list[Any]:
     return run_program(self, *args)
 
 
-Interp.run = run
+Interp.run = run  # type: ignore[assignment]

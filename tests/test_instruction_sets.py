@@ -34,8 +34,8 @@ def ask(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 
 
-# widths, examples of the support and query set: few and many rows; panels of 1 to 5 vectors, halves of one, and
-# what is left over; long rows, which are taken a piece at a time; what is wide enough for a matrix unit
+# widths, examples of the support and query set: few and many rows; panels of 1 to 5 vectors, halves of one,
+# and what is left over; long rows, which are taken a piece at a time; what is wide enough for a matrix unit
 SIZES = [
     ((8, 40, 300, 3), 80, 3),
     ((8, 300, 17, 3), 80, 3),

@@ -68,8 +68,8 @@ FUNCTIONS = [meta_loss, inner_loop, value_and_grad, apply]
 
 
 def conditioning(function, c: Case, how: dict) -> float:
-    """The relative change of the reference's own result over that of the parameters, for one of 1e-13, or over
-    what float32 rounds, if that is more: little left of large numbers changes little with the parameters."""
+    """The relative change of the reference's own result over that of the parameters, for one of 1e-13; or
+    over what float32 rounds, if more: little left of large numbers need not change with the parameters."""
     before = _everything(function, reference, c, how)
     generator = torch.Generator().manual_seed(0)
     moved = Case(**vars(c))

@@ -165,9 +165,8 @@ class Rows:
 
     def add_lr_grad(self, x: Any, y: Any, to: Tensor) -> None:
         """to [T] -= <v_{k+1}, D_k^T X_k>, by <D^T X, d^T x> = <D d^T, X x^T>"""
-        exact = {"precision": "ieee"}  # its terms may cancel
         grams = [
-            self._gram(rows, left, self.later.count, number, **exact).value
+            self._gram(rows, left, self.later.count, number, precision="ieee").value  # terms may cancel
             for number, (rows, left) in enumerate(((y.grad, self.later.d), (x.value, self.later.x)))
         ]
         to.sub_(torch.sum(grams[0].mul_(grams[1]), (1, 2), out=self.along))
