@@ -296,8 +296,14 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("each", [False, True], ids=["a step size", "one for each tensor"])
-@pytest.mark.parametrize("form", ["dense", "factored"])
-def test_a_run_allocates_nothing(form: str, each: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("form", "optimizer"),
+    [("dense", None), ("factored", None), ("dense", fastmaml.SGD(0.9, 0.1))],
+    ids=["dense", "factored", "an optimizer"],
+)
+def test_a_run_allocates_nothing(
+    form: str, each: bool, optimizer: fastmaml.SGD | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside its kernels, which do nothing here"""
     names = importlib.import_module("fastmaml.kernels").__all__
     passes = SimpleNamespace(**dict.fromkeys(names, lambda *_, **__: None) | {"types": naive_passes.types})
@@ -313,7 +319,7 @@ def test_a_run_allocates_nothing(form: str, each: bool, monkeypatch: pytest.Monk
     case = case_of(mlp(3, 40, 40, 2, norm=True), MSE(), 2, 3, 4, 3)
     if each:
         case.lr = {n: torch.tensor(0.1, dtype=torch.float64, requires_grad=True) for n in case.params}
-    case = replace(case, fast_weights=form, step_weights=[0.0, 0.5, 1.0])
+    case = replace(case, fast_weights=form, step_weights=[0.0, 0.5, 1.0], optimizer=optimizer)
     meta_loss(functional, case, backend="none")
     for x, _ in (case.support, case.query):
         x.requires_grad_(False)

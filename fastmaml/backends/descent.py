@@ -34,16 +34,17 @@ class Descent:
 
     def descend(self, w: Tensor, m: Tensor, g: Tensor, to: Tensor) -> None:
         """M_{k+1}; w may be [1, P]"""
-        if self.clips:
-            g = g * self._clip(g)[0]
-        torch.mul((self.momentum * m + g).add(w, alpha=self.weight_decay), self.adapt, out=to)
+        clip = self._clip(g)[0] if self.clips else None
+        torch.mul(m, self.momentum, out=to)
+        to.add_(g) if clip is None else to.addcmul_(g, clip)
+        to.add_(w, alpha=self.weight_decay).mul_(self.adapt)
 
     def step(self, lr: Tensor, w: Tensor, m: Tensor, to: Tensor) -> None:
-        torch.sub(w, lr * m, out=to)
+        torch.addcmul(w, lr, m, value=-1, out=to)
 
     def step_back(self, lr: Tensor, v: Tensor, n: Tensor) -> None:
         """n_{k+1} in the place of n_{k+2}, and what it adds to v"""
-        n.mul_(self.momentum).sub_(lr * v * self.adapt)
+        n.mul_(self.momentum).addcmul_(v, lr, value=-1).mul_(self.adapt)
         v.add_(n, alpha=self.weight_decay)
 
     def along(self, g: Tensor, n: Tensor, to: Tensor) -> None:

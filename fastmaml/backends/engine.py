@@ -3,7 +3,7 @@
     W_{k+1} = W_k - a_k g_k,    v_k = v_{k+1} - H_k (a_k v_{k+1}),    dL/da_k = - v_{k+1} g_k
 
 An Engine is made once for a kind of call (shapes, what is wanted). It owns every buffer, so that `run`
-allocates nothing (but what descent.py does), and can be recorded and run again on new data.
+allocates nothing (but for clipping, in descent.py), and can be recorded and run again on new data.
 """
 
 import weakref
