@@ -359,8 +359,9 @@ void nt(int64_t M, int64_t columns, const Factors<T>* f, T* C, int64_t ldc, cons
   const int64_t K = f[0].K;
   int64_t done = 0;
   if constexpr (W >= 4)
-    if (K <= 4 * M && columns >= W) {                    // rows enough to pay for the transposition
-      const bool rest = !exact && columns % W >= W / 4;  // else few enough for dots
+    if (K <= 4 * M && columns >= W) {  // rows enough to pay for the transposition
+      // the rest of a vector, unless it is few enough for dots
+      const bool rest = !exact && columns % W >= W / 4;
       done = rest ? columns : columns / W * W;
       nn_panels<T>(done, [&](auto vectors, auto half, int64_t c) {
         nt_panel<T, vectors, NP, half && W >= 8>(M, K, f, c, done, C, ldc, e);

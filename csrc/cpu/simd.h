@@ -122,8 +122,8 @@ FASTMAML_INLINE auto quads(const T* const* from) {
     return part;
   } else {
 #if FASTMAML_VECTOR_BYTES == 64
-    if constexpr (n == 4 &&
-                  sizeof(T) == 4) {  // broadcasts under masks are loads, insertions shuffles as well
+    // broadcasts under masks are loads, insertions shuffles as well
+    if constexpr (n == 4 && sizeof(T) == 4) {
       __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from[0]));
       v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(from[1]));
       v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(from[2]));
@@ -141,10 +141,6 @@ FASTMAML_INLINE auto quads(const T* const* from) {
     const auto low = quads<T, n / 2>(from), high = quads<T, n / 2>(from + n / 2);
     return join(low, high, std::make_integer_sequence<int, 4 * n>());
   }
-}
-template <class T>
-FASTMAML_INLINE Vec<T> quads(const T* const (&from)[lanes<T> / 4]) {
-  return (Vec<T>)quads<T, lanes<T> / 4>((const T* const*)from);
 }
 
 // The first half of a vector's numbers from p on, in both halves
