@@ -46,8 +46,8 @@ struct FactoredLayer {
   int64_t n, q, B, ld;  // rows of a task in the two sets; query sets in v; of the Grams
   int64_t K;
   T* grams;
-  std::vector<Factors<T>> products;
-  std::vector<double> inner;  // [tasks, B + K, K + 1]: <R_b, g_j> of query sets and dual sweeps; <R_b, theta>
+  OwnVector<Factors<T>> products;
+  OwnVector<double> inner;  // [tasks, B + K, K + 1]: <R_b, g_j> of query sets and dual sweeps; <R_b, theta>
 
   static int64_t gram_ld(int64_t n, int64_t K) { return round_up(std::max<int64_t>(n * K, 1), lanes<T>); }
   static int64_t size(int64_t n, int64_t q, int64_t K, int64_t B) {

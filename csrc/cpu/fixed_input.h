@@ -23,7 +23,7 @@ struct FixedInputLayer {
   T *support, *query;  // x theta^T [tasks n, ld], [tasks q, ld]
   T *v_s, *v_q;        // as these; in their place where they are read no more
   T *e, *m, *n_s, *n_q, *gram, *query_gram, *scaled, *scratch;
-  std::vector<double> squares;  // [tasks, n, n]: x_s x_s^T, for the norm
+  OwnVector<double> squares;  // [tasks, n, n]: x_s x_s^T, for the norm
 
   static int64_t gram_ld(int64_t n) { return round_up(std::max<int64_t>(n, 1), lanes<T>); }
   // plain: are there no m and n; once: is v made after all products with theta have been read?

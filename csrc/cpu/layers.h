@@ -11,8 +11,8 @@ struct Layers {
   const Call<T>& c;
   const Plan& plan;
   std::optional<Arena> arena;
-  std::vector<std::optional<FactoredLayer<T>>> factored;  // by op
-  std::vector<std::optional<FixedInputLayer<T>>> fixed_input;
+  OwnVector<std::optional<FactoredLayer<T>>> factored;  // by op
+  OwnVector<std::optional<FixedInputLayer<T>>> fixed_input;
 
   explicit Layers(const Call<T>& call)
       : c(call), plan(call.plan), factored(plan.ops.size()), fixed_input(plan.ops.size()) {

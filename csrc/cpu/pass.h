@@ -1,5 +1,6 @@
 // One sweep over a program for one task: what an op finds and where it writes.
 #pragma once
+#include "arena.h"
 #include "matmul.h"
 #include "plan.h"
 
@@ -88,8 +89,8 @@ struct Pass {
 // A sweep over the tasks side by side, and where the rows of the others are.
 template <class T>
 struct Sweep {
-  std::vector<Pass<T>> tasks;                // of this sweep
-  const std::vector<Pass<T>>*first, *query;  // of step 0, of the first query set that v has
+  OwnVector<Pass<T>> tasks;                // of this sweep
+  const OwnVector<Pass<T>>*first, *query;  // of step 0, of the first query set that v has
   int64_t frame, t_frame, query_frame;       // from one frame of a kind to the next
   int64_t offset, begin;                     // of those side by side in the group; of this sweep's among them
   int64_t k, K;                              // the steps before this sweep, and all steps

@@ -17,7 +17,7 @@ struct Sums {
 // Runs a group of tasks, one after another or, where a factored layer multiplies the rows of all of them with
 // its theta in every step, side by side. Nothing is allocated after the constructor.
 template <class T>
-struct Worker {
+struct alignas(line_pair) Worker {
   const Call<T>& c;
   const Plan& plan;
   const Request& q;
@@ -26,10 +26,10 @@ struct Worker {
   Memory<T> memory;
   Layers<T> layers;
   T *const v, *const u, *const g, *const n;  // of all tasks
-  std::vector<Pass<T>> first, query;
+  OwnVector<Pass<T>> first, query;
   Sweep<T> s;
-  std::vector<T> c_k, slope_k, along_g;  // of clipping: [tasks, K] each, [tasks]
-  std::vector<Sums<T>> sums;             // where the caller puts those of a group
+  OwnVector<T> c_k, slope_k, along_g;  // of clipping: [tasks, K] each, [tasks]
+  OwnVector<Sums<T>> sums;             // where the caller puts those of a group
   int64_t t = 0, count = 0;              // the tasks of the sweeps now: the first, how many
 
   explicit Worker(const Call<T>& call)
