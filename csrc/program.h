@@ -1,6 +1,7 @@
 // A Program as the kernels see it: numbered buffers, parameters, a flat list of ops and a loss. No torch
 // types.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -57,6 +58,7 @@ struct Program {
   int64_t P = 0;  // length of the flat parameter vector
   Loss loss = Loss::none;
   double label_smoothing = 0;
+  int64_t number = 0;  // of its own, where it was decoded: what is made of it can be found again
 };
 
 // text: whole numbers with spaces between them, real ones as their bits:
@@ -77,7 +79,9 @@ inline Program decode(const std::string& text) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
   };
+  static std::atomic<int64_t> decoded{0};
   Program p;
+  p.number = ++decoded;
   p.buffers.resize(next());
   p.params.resize(next());
   p.ops.resize(next());

@@ -86,7 +86,10 @@ FAULTS = [
     ("worker.h", "query_tail(k, weight * q.scale);", "query_tail(k, q.scale);"),
     ("call.h", "|| !q.step_weights.empty()", ""),
     ("worker.h", "if (slot.uses == 0 || !plan.program.params[i].adapt)\n          std::memcpy", "if (slot.uses == 0)\n          std::memcpy"),
-    ("inner_loop.h", "for (int64_t j = 1; j < parts.sets; ++j)", "for (int64_t j = 2; j < parts.sets; ++j)"),
+    # the sums of the sets: a node left out, or added twice
+    ("partition.h", "begin + size < end; size *= 2", "begin + 2 * size < end; size *= 2"),
+    ("inner_loop.h", "if (!by_groups || parts.begins_group(0, j)) add", "if (!by_groups) add"),
+    ("inner_loop.h", "if (!by_groups || parts.begins_group(0, j)) add", "add"),
     ("outer_products.h", "const bool first = begin == 0 && !add;", "const bool first = begin == 0;"),
     ("inner_loop.h", "if (!q.per_task) finish(0, round > 0);", "if (!q.per_task) finish(0, false);"),
     ("call.h", "packed.emplace(size * sizeof(T));\n", "packed.emplace(size * sizeof(T));\n    return;\n"),

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <thread>
 
 namespace fastmaml {
 namespace {
@@ -33,14 +34,23 @@ struct Block {
   std::size_t bytes;
 };
 
-// The blocks, oldest first. Whoever finds them locked goes without: another thread's call is at them, or was
-// when this process was forked.
+// The blocks, oldest first. Whoever finds them locked for long goes without: another thread was at them when
+// this process was forked.
 struct Kept {
   static constexpr int most = 64;
   std::mutex mutex;
   Block blocks[most];
   int count = 0;
   std::size_t bytes = 0;
+
+  std::unique_lock<std::mutex> lock() {
+    std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+    for (int tries = 0; tries < 1000 && !lock; ++tries) {
+      std::this_thread::yield();
+      lock.try_lock();
+    }
+    return lock;
+  }
 
   Block take(int i) {
     const Block block = blocks[i];
@@ -75,7 +85,7 @@ void* allocate(std::size_t bytes) {
 Arena::Arena(std::size_t bytes) : data_(nullptr), bytes_(std::max<std::size_t>(bytes, 1)) {
   Kept& k = kept();
   {
-    const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+    const auto lock = k.lock();
     int best = -1;  // the smallest that fits, unless most of it would lie idle
     for (int i = 0; lock.owns_lock() && i < k.count; ++i)
       if (k.blocks[i].bytes >= bytes_ && k.blocks[i].bytes / 2 <= bytes_ &&
@@ -92,7 +102,7 @@ Arena::Arena(std::size_t bytes) : data_(nullptr), bytes_(std::max<std::size_t>(b
 
 Arena::~Arena() {
   Kept& k = kept();
-  const std::unique_lock<std::mutex> lock(k.mutex, std::try_to_lock);
+  const auto lock = k.lock();
   if (!lock.owns_lock() || bytes_ > kKept) {
     std::free(data_);
     return;

@@ -8,7 +8,8 @@
 namespace fastmaml {
 
 // What a thread writes all the time has cache lines to itself, in the pairs that are fetched together: a
-// thread that writes to a line of another's waits for it (measured, 2 threads: 16 % of a small network's task).
+// thread that writes to a line of another's waits for it (measured, 2 threads: 16 % of a small network's
+// task).
 constexpr std::size_t line_pair = 128;
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "factored.h"
+#include "partition.h"
 #include "request.h"
 
 namespace fastmaml::FASTMAML_ISA {
@@ -42,33 +43,11 @@ void from_slot(const Slot& s, const T* from, T* to) {
     copy_rows(s.rows, s.cols, from, s.ld, to, s.cols);
 }
 
-// How the tasks are divided: into sets, each with a sum of its own of the gradients. The sets are run in
-// rounds, of which one is in memory, and these in groups of whole sets, one for a thread. The sets are the
-// same for any number of threads, and so is every result.
-struct Partition {
-  int64_t T = 0, sets = 1, rounds = 1, threads = 0;
-
-  int64_t task(int64_t set) const { return T * set / sets; }
-  int64_t round(int64_t r) const { return sets * r / rounds; }
-  int64_t groups(int64_t r) const {  // as many as sets if there are no threads to share them
-    const int64_t n = round(r + 1) - round(r);
-    return threads > 0 ? std::min(n, threads) : n;
-  }
-  int64_t group(int64_t r, int64_t j) const { return round(r) + (round(r + 1) - round(r)) * j / groups(r); }
-  int64_t largest_group() const {
-    int64_t most = 1;
-    for (int64_t r = 0; r < rounds; ++r)
-      for (int64_t j = 0; j < groups(r); ++j)
-        most = std::max(most, task(group(r, j + 1)) - task(group(r, j)));
-    return most;
-  }
-};
-
 // What all tasks of a call share.
 template <class T>
 struct Call {
   const Request& q;
-  Plan plan;
+  const Plan& plan;
   int64_t N, Q, K, S, every;  // every: steps between two stored W_k
   bool adjoint, keep;         // is there a sweep back; are the steps' activations and weights kept for it
   bool scaled;  // is the tangent a_k v a copy, because a_k is not one number or v changes while it is read
@@ -77,15 +56,15 @@ struct Call {
   int64_t group = 1, side_by_side = 1;  // most tasks that share a product with theta; of them, in one sweep
   std::unique_ptr<T[]> theta;           // in slots, where shared by the tasks
   std::unique_ptr<T[]> minus_lr;        // [K, P] in slots: -a, where it has a number for each element
-  std::unique_ptr<double[]> losses;     // [T], where their sum is wanted
+  mutable OwnVector<double> losses;     // [T], where their sum is wanted
   std::optional<Arena> packed;
   std::vector<Theta<T>> thetas;      // of the factored layers, by op
   std::vector<int64_t> query_steps;  // after which the adjoint has the gradient of the query set
 
   explicit Call(const Request& request)
       : q(request),
-        plan(make_plan(*request.program, lanes<T>, 64 / sizeof(T), request.factored,
-                       request.grad_x_s || request.grad_x_q)),
+        plan(plan_for(*request.program, lanes<T>, 64 / sizeof(T), request.factored,
+                      request.grad_x_s || request.grad_x_q)),
         N(q.support.n),
         Q(q.query.n),
         K(q.K),
@@ -101,7 +80,7 @@ struct Call {
     for (int64_t k = 1; k < K && adjoint; ++k)
       if (!q.step_weights.empty() && q.step_weights[k - 1] != 0) query_steps.push_back(k);
     query_steps.push_back(K);
-    if (q.total_loss) losses.reset(new double[q.T]);
+    if (q.total_loss) losses.resize(q.T);
     theta.reset(new T[plan.P]());
     for (std::size_t i = 0; i < q.params.size(); ++i)
       if (!q.own[i])
@@ -174,19 +153,19 @@ struct Call {
   // the cache between two ops (measured). A round has no more than some 256 MiB hold.
   void divide(int64_t both) {
     const int64_t n = std::max<int64_t>(N, 1), least = plan.factored ? std::max<int64_t>(10 / n, 1) : 1;
-    parts = {q.T, (q.T + least - 1) / least};
-    const int64_t most = plan.factored || both == 0 ? parts.sets : 64;
+    int64_t sets = (q.T + least - 1) / least;
+    const int64_t most = plan.factored || both == 0 ? sets : 64;
     if (both > 0)
-      parts.sets =
-          std::min(parts.sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
-    if (!plan.factored) return;
+      sets = std::min(sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
+    parts = Partition(q.T, sets);
+    if (!plan.factored) return parts.divide_by_halves(q.threads);
     const int64_t steps = plan.side_by_side ? K : 1, MiB = int64_t(1) << 20;
     const int64_t queries = plan.side_by_side ? query_steps.size() : 1;
     const int64_t each =
         (4 * steps * N * plan.per_example + 2 * queries * Q * plan.per_example + 1) * sizeof(T);
     const int64_t wanted = std::min(q.threads * std::max(80 / n + 1, 2 * MiB / each), 256 * MiB / each);
-    parts.rounds = std::clamp<int64_t>((q.T + wanted - 1) / std::max<int64_t>(wanted, 1), 1, parts.sets);
-    parts.threads = q.threads;
+    const int64_t rounds = (q.T + wanted - 1) / std::max<int64_t>(wanted, 1);
+    parts.divide_evenly(q.threads, std::clamp<int64_t>(rounds, 1, sets));
   }
 
   int64_t n_params() const { return plan.slots.size(); }

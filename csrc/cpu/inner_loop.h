@@ -9,25 +9,33 @@ namespace fastmaml::FASTMAML_ISA {
 template <class T>
 struct Run {
   using Products = OuterProducts<T>;
+  static constexpr int64_t slice = int64_t(1) << 14;  // of sums that are added at once
 
   const Request& q;
   const Call<T> c{q};
   const Partition& parts = c.parts;
   const int64_t P = q.grads ? c.plan.P : 0, L = q.grad_lr ? c.K * c.lr_size() : 0, both = P + L;
   const bool sum_tasks = !q.per_task && both > 0;
+  // may a thread add up the sums of its group, which are in its cache? Those of wide networks are not
+  const bool by_groups = sum_tasks && !c.plan.factored && both <= slice;
   const int64_t at_once = std::min<int64_t>(q.threads, parts.sets);
   const Arena memory{(sum_tasks ? parts.sets : at_once * c.group) * both * sizeof(T)};
   T* const sums = static_cast<T*>(memory.data());
-  std::vector<std::unique_ptr<Worker<T>>> workers = {};
+  std::vector<std::unique_ptr<Worker<T>>> workers{static_cast<std::size_t>(at_once)};
 
   void write(const T* sum, int64_t t) const {
     if (P) c.slots_to_flat(sum, static_cast<T*>(q.grads) + t * c.plan.program.P);
     if (L) c.write_lr_grad(sum + P, static_cast<T*>(q.grad_lr) + t * c.K * c.S);
   }
 
+  // the part from `begin` to `end` of the sum of set i += that of set j
+  void add(int64_t i, int64_t j, int64_t begin, int64_t end) const {
+    for (int64_t at = begin; at < end; ++at) sums[i * both + at] += sums[j * both + at];
+  }
+
   void run_group(int64_t round, int64_t group, int64_t worker) {
+    if (!workers[worker]) workers[worker].reset(new Worker<T>(c));  // by the thread that will use it
     Worker<T>& w = *workers[worker];
-    w.memory.prepare();
     int64_t set = parts.group(round, group), t = parts.task(set);
     const int64_t last = parts.task(parts.group(round, group + 1));
     T* const own = sums + worker * c.group * both;  // the sum of each task alone
@@ -44,6 +52,9 @@ struct Run {
       for (int64_t i = 0; i < some && q.per_task; ++i) write(own + i * both, t + i);
       t += some;
     }
+    if (by_groups)
+      in_pairs(parts.group(round, group), parts.group(round, group + 1),
+               [&](int64_t i, int64_t j) { add(i, j, 0, both); });
   }
 
   // the gradients of the factored layers, from what the workers have run in a round
@@ -104,8 +115,7 @@ struct Run {
     const int64_t x_size = c.plan.program.buffers[0].R * c.plan.program.buffers[0].C;
     if (q.grad_x_s) std::memset(q.grad_x_s, 0, q.T * c.N * x_size * sizeof(T));
     if (q.grad_x_q) std::memset(q.grad_x_q, 0, q.T * c.Q * x_size * sizeof(T));
-    for (int64_t i = 0; i < at_once; ++i) workers.emplace_back(new Worker<T>(c));
-    for (int64_t round = 0; round < parts.rounds; ++round) {
+    for (int64_t round = 0; round < static_cast<int64_t>(parts.rounds.size()); ++round) {
       // what a worker has of a factored layer must last until it is written
       parallel(parts.groups(round), q.threads,
                [&](int64_t j, int worker) { run_group(round, j, c.plan.factored ? j : worker); });
@@ -118,11 +128,11 @@ struct Run {
     }
     if (!sum_tasks) return;
     // where nets are wide the sum over sets is too long for one thread
-    const int64_t slice = int64_t(1) << 14;
     parallel((both + slice - 1) / slice, q.threads, [&](int64_t part, int) {
       const int64_t end = std::min((part + 1) * slice, both);
-      for (int64_t j = 1; j < parts.sets; ++j)
-        for (int64_t i = part * slice; i < end; ++i) sums[i] += sums[j * both + i];
+      in_pairs(0, parts.sets, [&](int64_t i, int64_t j) {
+        if (!by_groups || parts.begins_group(0, j)) add(i, j, part * slice, end);
+      });
     });
     write(sums, 0);
   }

@@ -16,7 +16,7 @@ struct Memory {
   T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
   T *stored_m, *segment_m, *n;  // M_k, as W_k; dL/dM
   T *scaled, *product;          // scratch of the factored layers
-  bool dual, prepared = false;  // are there tangents?
+  bool dual;                    // are there tangents?
 
   explicit Memory(const Call<T>& call)
       : c(call),
@@ -70,11 +70,11 @@ struct Memory {
     arena.emplace(total * sizeof(T));
     T* at = static_cast<T*>(arena->data());
     for (const auto& [part, size] : parts) *part = std::exchange(at, at + round_up(size, 16));
+    clear_all_padding();
   }
 
   // What pads the rows of the frames and of x must be zero: products read it.
-  void prepare() {
-    if (std::exchange(prepared, true)) return;
+  void clear_all_padding() {
     auto clear = [&](T* at, int64_t examples, int64_t frames, int64_t stride) {
       for (int64_t f = 0; f < frames; ++f)
         for (int64_t half = 0; half < 2; ++half)  // values and gradients

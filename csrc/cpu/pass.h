@@ -91,10 +91,10 @@ template <class T>
 struct Sweep {
   OwnVector<Pass<T>> tasks;                // of this sweep
   const OwnVector<Pass<T>>*first, *query;  // of step 0, of the first query set that v has
-  int64_t frame, t_frame, query_frame;       // from one frame of a kind to the next
-  int64_t offset, begin;                     // of those side by side in the group; of this sweep's among them
-  int64_t k, K;                              // the steps before this sweep, and all steps
-  std::vector<int64_t> query_steps;          // after which v has the gradient of the query set
+  int64_t frame, t_frame, query_frame;     // from one frame of a kind to the next
+  int64_t offset, begin;                   // of those side by side in the group; of this sweep's among them
+  int64_t k, K;                            // the steps before this sweep, and all steps
+  std::vector<int64_t> query_steps;        // after which v has the gradient of the query set
   bool on_query;
   bool grams;            // are those of d wanted where the gradient of the input is not?
   bool own_grams;        // and those of a step with itself, for clipping?

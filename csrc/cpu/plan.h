@@ -1,4 +1,4 @@
-// Where everything lies: computed once per call, the same for every task.
+// Where everything lies: the same for every task and for every call of a kind.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -133,6 +133,20 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line, const std::v
   }
   for (const Slot& s : plan.slots) plan.tied |= s.uses > 1;
   plan.program = std::move(program);
+  return plan;
+}
+
+// The same, kept until this thread's next call: a training step asks for one plan every time, and a plan that
+// is made anew has to reach the caches of all threads again.
+inline const Plan& plan_for(const Program& program, int64_t lanes, int64_t line,
+                            const std::vector<char>& factored, bool x_grad) {
+  thread_local Plan plan;
+  thread_local std::vector<char> of_factored;
+  thread_local bool of_x_grad = false;
+  const bool known = program.number > 0 && program.number == plan.program.number && lanes == plan.lanes &&
+                     factored == of_factored && x_grad == of_x_grad;
+  if (!known)
+    plan = make_plan(program, lanes, line, factored, x_grad), of_factored = factored, of_x_grad = x_grad;
   return plan;
 }
 

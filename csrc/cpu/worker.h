@@ -30,7 +30,7 @@ struct alignas(line_pair) Worker {
   Sweep<T> s;
   OwnVector<T> c_k, slope_k, along_g;  // of clipping: [tasks, K] each, [tasks]
   OwnVector<Sums<T>> sums;             // where the caller puts those of a group
-  int64_t t = 0, count = 0;              // the tasks of the sweeps now: the first, how many
+  int64_t t = 0, count = 0;            // the tasks of the sweeps now: the first, how many
 
   explicit Worker(const Call<T>& call)
       : c(call),
