@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import factors
-from .backends import Problem, at, keeps_factors
-from .forms import FactoredWeight
+from .backends import BACKENDS, Problem, at, keeps_factors, torch_factored
 
 
 class Apply(Function):
@@ -102,6 +101,44 @@ class InnerLoop(Function):
             grad_lr = None if grad_lr is None else grad_lr[0]
             out = grad_lr, grad_x, None, None, *parameter_grads(problem.strided[x.element_size()], grads, ws)
         return None, *once(out)
+
+
+class FactoredInnerLoop(Function):
+    """What torch_factored.inner_loop gives, of which torch_factored.weights makes the fast weights."""
+
+    @staticmethod
+    def forward(ctx, how, lr, x, t, w, *parts):
+        problem, chunk, _, _, rule, factored, kept = ctx.how = how
+        ctx.model = problem.model
+        ctx.save_for_backward(lr, x, t, w, *parts)
+        ctx.set_materialize_grads(False)
+
+        def run(ws, x, t, w):
+            return torch_factored.inner_loop(
+                BACKENDS["torch"], problem, ws, lr, x, (t, w), steps=len(lr), rule=rule, factored=factored
+            )
+
+        ws = factors.whole(parts, kept, len(problem.names))
+        count = len(ws) + len(factored) + torch_factored.clips(rule, len(lr))
+        return tuple(over_tasks(problem, chunk, run, ws, (x, t, w), [False] * count))
+
+    @staticmethod
+    def backward(ctx, *outer):
+        problem, chunk, needs, first_order, rule, factored, kept = ctx.how
+        lr, x, t, w, *parts = ctx.saved_tensors
+
+        def run(ws, x, t, w, *outer):
+            grads, grad_lr, grad_x = torch_factored.inner_loop_backward(
+                BACKENDS["torch"], problem, ws, lr, x, (t, w), outer,
+                steps=len(lr), first_order=first_order, rule=rule, factored=factored, needs=needs,
+            )  # fmt: skip
+            return *grads, grad_lr, grad_x
+
+        ws = factors.whole(parts, kept, len(problem.names))
+        summed = [*factors.shared(problem, ws), True, False]
+        with torch.no_grad():
+            *grads, grad_lr, grad_x = over_tasks(problem, chunk, run, ws, (x, t, w, *outer), summed)
+        return None, *once((grad_lr, grad_x, None, None, *grads))
 
 
 def run_meta(how, lr, data, ws) -> Sequence[Any]:
@@ -212,28 +249,20 @@ _HIGHER = (
     "fastmaml.functional has no derivative of this order; "
     "fastmaml.reference is differentiable any number of times"
 )
-_OF_FACTORS = "factors have no derivative: call meta_loss, or inner_loop with fast_weights='dense'"
 
 
-def once(tensors: Sequence[Any], why: str = _HIGHER) -> Sequence[Any]:
+def once(tensors: Sequence[Any]) -> Sequence[Any]:
     """The tensors, which under create_graph=True say what to do when they are differentiated again."""
     if not torch.is_grad_enabled():
         return tensors
-    return _NoDerivative.apply(why, torch.zeros((), requires_grad=True), *tensors)
-
-
-def no_derivative(w: Tensor | FactoredWeight) -> Tensor | FactoredWeight:
-    if isinstance(w, FactoredWeight):
-        return FactoredWeight(w.theta, *once((w.d, w.x), _OF_FACTORS))
-    return once((w,), _OF_FACTORS)[0]
+    return _NoDerivative.apply(torch.zeros((), requires_grad=True), *tensors)
 
 
 class _NoDerivative(Function):
     @staticmethod
-    def forward(ctx, why, anchor, *tensors):
-        ctx.why = why
+    def forward(ctx, anchor, *tensors):
         return tuple(None if a is None else a.clone() for a in tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(ctx.why)
+        raise RuntimeError(_HIGHER)

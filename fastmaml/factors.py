@@ -20,23 +20,19 @@ def of_tasks(problem: Problem, ws: Sequence[Any], tasks: slice) -> list[Any]:
     return [p[tasks] if p.dim() > len(s) else p for p, s in zip(ws, problem.shapes, strict=True)]
 
 
-def _chunks(T: int, chunk: int | None) -> list[slice]:
-    size = chunk or T
-    return [slice(start, start + size) for start in range(0, T, size)]
-
-
 def apply(problem: Problem, ws: Sequence[Any], x: Tensor, chunk: int | None) -> Tensor:
     """The model's output [T, N, *out]."""
-    run = [(of_tasks(problem, ws, some), x[some]) for some in _chunks(len(x), chunk)]
+    size = chunk or len(x)
+    chunks = [slice(start, start + size) for start in range(0, len(x), size)]
+    run = [(of_tasks(problem, ws, some), x[some]) for some in chunks]
     return torch.cat([torch_factored.apply(BACKENDS["torch"], problem, w, x_t) for w, x_t in run])
 
 
-@torch.no_grad()
-def inner_loop(
-    problem: Problem, ws: Sequence[Any], x: Tensor, y: Sequence[Tensor | None], lr: Tensor,
-    rule: tuple[float, ...], chunk: int | None, fast_weights: Any,
-) -> dict[str, Tensor | FactoredWeight]:  # fmt: skip
-    """Fast weights, those asked for and those that were so before as factors; lr [K, S]."""
+def chosen(
+    problem: Problem, ws: Sequence[Any], x: Tensor, lr: Tensor, rule: tuple[float, ...], fast_weights: Any
+) -> list[int]:
+    """The places of the weights that come out of an inner loop as factors: those asked for, and those that
+    were so before; lr [K, S]."""
     (T, N), (K, S) = x.shape[:2], lr.shape
     kept = places(ws)
     named = fast_weights if isinstance(fast_weights, Mapping) else {}
@@ -44,28 +40,51 @@ def inner_loop(
         raise ValueError(f"{told} come as factors: pass their .dense() to go on with matrices")
     if kept and S not in (1, len(ws)):
         raise ValueError("factors need one step size for a tensor, not one for each element")
+    if not fast_weights:
+        return kept
     own = tuple(
         w.dim() > len(s) and not isinstance(w, FactoredWeight)
         for w, s in zip(ws, problem.shapes, strict=True)
     )
-    asked = (
-        factored_weights(problem, "torch", (T, N, N, K, 1, bool(rule)), own, S, fast_weights)
-        if fast_weights
-        else ()
-    )
-    parts = [
-        torch_factored.inner_loop(
-            BACKENDS["torch"], problem, of_tasks(problem, ws, some), lr, x[some],
-            [None if a is None else a[some] for a in y], steps=K, rule=rule, factored=sorted({*asked, *kept}),
-        )
-        for some in _chunks(T, chunk)
-    ]  # fmt: skip
-    return {n: _joined(each) for n, each in zip(problem.names, zip(*parts, strict=True), strict=True)}
+    asked = factored_weights(problem, "torch", (T, N, N, K, 1, bool(rule)), own, S, fast_weights)
+    return sorted({*asked, *kept})
 
 
-def _joined(parts: Sequence[Tensor | FactoredWeight]) -> Tensor | FactoredWeight:
-    if not isinstance(parts[0], FactoredWeight):
-        return torch.cat(list(parts))  # type: ignore[arg-type]
-    return FactoredWeight(
-        parts[0].theta, *(torch.cat([getattr(w, side) for w in parts]) for side in ("d", "x"))
+def parts_of(ws: Sequence[Any]) -> list[Tensor]:
+    """The parameters as tensors, three for each FactoredWeight."""
+    return [a for w in ws for a in ((w.theta, w.d, w.x) if isinstance(w, FactoredWeight) else (w,))]
+
+
+def shared(problem: Problem, ws: Sequence[Any]) -> list[bool]:
+    """Of parts_of(ws): do all tasks have it, so that its gradient is summed over them?"""
+    return [
+        one
+        for w, s in zip(ws, problem.shapes, strict=True)
+        for one in ((True, False, False) if isinstance(w, FactoredWeight) else (w.dim() == len(s),))
+    ]
+
+
+def whole(parts: Sequence[Tensor], where: Sequence[int], count: int) -> list[Any]:
+    """`count` parameters of such tensors, FactoredWeights at the places `where`."""
+    rest = iter(parts)
+    return [
+        FactoredWeight(next(rest), next(rest), next(rest)) if i in where else next(rest) for i in range(count)
+    ]
+
+
+def check_differentiable(problem: Problem, ws: Sequence[Any], x: Tensor, y: Sequence[Any]) -> None:
+    """As far as can be said without a dual sweep."""
+    dense = [w.theta if isinstance(w, FactoredWeight) else w for w in ws]
+    backend = BACKENDS["torch"]
+    if not backend._has_jvp(problem, backend._own(problem, dense, 1), x, y):
+        raise RuntimeError(torch_factored.NO_JVP)
+
+
+def weights(
+    problem: Problem, ws: Sequence[Any], lr: Tensor, rule: tuple[float, ...], factored: list[int],
+    found: Sequence[Tensor],
+) -> list[Tensor | FactoredWeight]:  # fmt: skip
+    """The fast weights, of what FactoredInnerLoop gives."""
+    return torch_factored.weights(
+        BACKENDS["torch"], problem, ws, lr, rule=rule, factored=factored, found=found
     )

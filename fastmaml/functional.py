@@ -37,11 +37,11 @@ from .arguments import (
 )
 from .autograd import (
     Apply,
+    FactoredInnerLoop,
     InnerLoop,
     MetaLoss,
     ValueAndGrad,
     flat_of,
-    no_derivative,
     once,
     over_tasks,
     parameter_grads,
@@ -115,7 +115,7 @@ def inner_loop(
     optimizer: a fastmaml.SGD with momentum, weight decay or a largest norm of the gradient
     checkpoint_every: store every n-th W_k for the backward pass and compute the others again
     fast_weights: "factored", or a dict weight name -> form, returns FactoredWeights where asked, and does not
-        form the weights; these have no derivative, and the torch backend makes them. Those in params stay so.
+        form the weights; the torch backend makes them, and their derivative. Those in params stay so.
     """
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
@@ -124,11 +124,16 @@ def inner_loop(
     )
     y = target(problem, y, x, "y")
     rates, rule = step_sizes(problem, lr, steps, x), update_rule(optimizer)
-    if fast_weights not in (None, "dense") or factors.places(ws):
-        found = factors.inner_loop(problem, ws, x, y, rates, rule, chunk_tasks, fast_weights)
-        needs = _needs(params=[w for w in ws if isinstance(w, Tensor)], lr=rates, x=x)
-        return {n: no_derivative(w) if needs else w for n, w in found.items()}
     needs = _needs(params=ws, lr=rates, x=x)
+    kept = factors.places(ws)
+    if kept or fast_weights not in (None, "dense"):
+        factored = factors.chosen(problem, ws, x, rates, rule, fast_weights)
+        if needs and not first_order:
+            factors.check_differentiable(problem, ws, x, y)
+        how = problem, chunk_tasks, needs, first_order, rule, factored, kept
+        found = FactoredInnerLoop.apply(how, rates, x, *y, *factors.parts_of(ws))
+        fast = factors.weights(problem, ws, rates, rule, factored, found)
+        return dict(zip(problem.names, fast, strict=True))
     how = problem, (name, precision), chunk_tasks, needs, steps, first_order, rule, checkpoint_every
     return dict(zip(problem.names, InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
 

@@ -218,8 +218,6 @@ def test_factors_are_the_fast_weights(chunk: int | None) -> None:
     assert isinstance(fast["0.weight"], torch.Tensor)
     assert error(fast["2.weight"].dense().detach(), truth["2.weight"]) < 1e-12
     output = functional.apply(model, fast, x_q, chunk_tasks=chunk)
-    with pytest.raises(RuntimeError, match="factors have no derivative"):
-        output.sum().backward()
     assert error(output.detach(), functional.apply(model, truth, x_q)) < 1e-12
     x_q.requires_grad_()
     with torch.no_grad():
@@ -227,6 +225,80 @@ def test_factors_are_the_fast_weights(chunk: int | None) -> None:
     (found,) = torch.autograd.grad(functional.apply(model, fast, x_q).square().sum(), x_q)
     (wanted,) = torch.autograd.grad(functional.apply(model, truth, x_q).square().sum(), x_q)
     assert error(found, wanted) < 1e-12
+
+
+def through_fast_weights(
+    module, model: nn.Module, data, params: dict, lr, *, first_order: bool, optimizer, again: bool, **how
+) -> list[torch.Tensor]:
+    """Gradients of a loss of the user's own, and of the weights themselves, by params, lr and x."""
+    (x, y), (x_q, _) = data
+    params = {n: p.detach().clone().requires_grad_() for n, p in params.items()}
+    x = x.clone().requires_grad_()
+    lr = {n: torch.tensor(0.03 + 0.01 * i) for i, n in enumerate(params)} if lr == "each" else lr
+    rates = [a.double().requires_grad_() for a in (lr.values() if isinstance(lr, dict) else lr)]
+    lr = dict(zip(lr, rates, strict=True)) if isinstance(lr, dict) else rates
+    sgd = {"loss": "mse", "first_order": first_order, "optimizer": optimizer}
+    fast = module.inner_loop(model, params, x, y, lr=lr, steps=3, **sgd, **how)
+    if again:  # from what came out
+        chunk = {"chunk_tasks": how["chunk_tasks"]} if "chunk_tasks" in how else {}
+        fast = module.inner_loop(model, fast, 2 * x, y, lr=[rates[0]], steps=1, **sgd, **chunk)
+    out = module.apply(model, fast, x_q)
+    total = (out**3).sum() + out.sin().sum()
+    for w in fast.values():
+        total = total + 0.01 * (w.dense() if isinstance(w, fastmaml.FactoredWeight) else w).square().sum()
+    leaves = [*params.values(), *rates, x]
+    found = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(a) if g is None else g for a, g in zip(leaves, found, strict=True)]
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(
+    "sgd",
+    [None, fastmaml.SGD(0.9), fastmaml.SGD(0.0, 0.1), fastmaml.SGD(0.8, 0.1, 0.5)],
+    ids=["plain", "momentum", "decay", "clipped"],
+)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"fast_weights": "factored"},
+        {"fast_weights": "factored", "again": True},
+        {"fast_weights": {"2.weight": "factored"}, "chunk_tasks": 2, "lr": "each"},
+        {"fast_weights": "factored", "frozen": "2.weight", "again": True, "chunk_tasks": 1},
+        {"fast_weights": "factored", "own": "0.bias", "frozen": "0.weight"},
+    ],
+    ids=["all", "twice", "one", "frozen", "own"],
+)
+def test_a_gradient_flows_through_the_factors(how: dict, sgd, first_order: bool) -> None:
+    model, data, how = network(), tasks(), dict(how)
+    frozen, own, again = how.pop("frozen", ""), how.pop("own", ""), how.pop("again", False)
+    lr = how.pop("lr", [torch.tensor(0.05), torch.tensor(0.02), torch.tensor(0.04)])
+    for n, p in model.named_parameters():
+        p.requires_grad_(n != frozen)
+    params = dict(model.named_parameters())
+    if own:
+        params[own] = params[own] * torch.arange(1.0, T + 1)[:, None]
+    same = {"first_order": first_order, "optimizer": sgd, "again": again}
+    truth = through_fast_weights(reference, model, data, params, lr, **same)
+    found = through_fast_weights(functional, model, data, params, lr, **same, **how)
+    for a, b in zip(found, truth, strict=True):
+        assert a.shape == b.shape
+        assert error(a, b) < 1e-10 or float(b.abs().max()) < 1e-12
+
+
+def test_gradients_through_factors_end_with_an_error() -> None:
+    model, ((x, y), (x_q, _)) = network(), tasks()
+    params, how = dict(model.named_parameters()), {"lr": 0.05, "steps": 2, "fast_weights": "factored"}
+    huber = {"loss": nn.functional.huber_loss, "backend": "torch"}
+    total = functional.apply(model, functional.inner_loop(model, params, x, y, **huber, **how), x_q).sum()
+    with pytest.raises(RuntimeError, match="no forward derivative of the model or the loss"):
+        total.backward()
+    with pytest.raises(RuntimeError, match="no forward derivative"):  # known from now on
+        functional.inner_loop(model, params, x, y, **huber, **how)
+    fast = functional.inner_loop(model, params, x, y, loss="mse", **how)
+    total = functional.apply(model, fast, x_q).square().sum()
+    (g, *_) = torch.autograd.grad(total, list(params.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative of this order"):
+        g.sum().backward()
 
 
 def test_factors_where_they_cannot_be() -> None:

@@ -8,6 +8,10 @@ X [R, I] and D [R, O] hold the rows x_j and alpha_j d_j of the steps before. The
 zero, is d. A is zero with a tangent, so that B and A are the direction u of the dual sweep. theta is the one
 that all tasks share: vmap makes its products those of the rows of all tasks.
 
+Where the rows themselves leave the loop (`inner_loop`), their gradients join the dual sweep of their step:
+that of d as a tangent of the probe, and that of x as a tangent of `pull`, which is zero and has <x, pull> in
+the loss. For d and x are the gradients of that loss by probe and pull, and second derivatives are symmetric.
+
 Momentum, weight decay and clipping (torch.py has the recursion) make sums of the same outer products, which
 only change their coefficients:
 
@@ -18,6 +22,7 @@ Norms and inner products are those of Grams: <a^T b, d^T x> = <a d^T, b x^T>.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +60,22 @@ class _Sums:
         return ((self.d @ d.mT) * (self.x @ x.mT)).sum(2)
 
 
+Coefficients = tuple[Tensor, Tensor, Any, Any]  # alpha and beta [T, R]; omega and rho
+
+
+def _next(rule: tuple[float, ...], a: Any, c: Any, rows: int, old: Coefficients) -> Coefficients:
+    """Those after a step of size a whose gradient, `rows` more rows, was clipped by c, a number or [T]"""
+    momentum, decay, _ = rule or (0.0, 0.0, math.inf)
+    alpha, beta, omega, rho = old
+    if rule:
+        beta = momentum * beta - decay * alpha
+        rho = momentum * rho + decay * omega
+        omega = omega - a * rho if decay else omega
+        alpha = alpha + a * beta
+    c = torch.as_tensor(c).to(alpha).reshape(-1, 1).expand(len(alpha), rows)
+    return torch.cat([alpha, a * c], 1), torch.cat([beta, c], 1), omega, rho
+
+
 @dataclass
 class _Layer:
     weight: int  # its place in problem.names
@@ -83,6 +104,7 @@ class FactoredLoop:
         self.n: dict[int, Tensor] = {}
         self.rows: dict[int, list[int]] = {}  # by the examples of a task, see _output_rows
         self.trajectory: list[Any] = []  # of step 0, 1, ..: what the step began with
+        self.c: list[Any] = []  # what clipping took of the gradient of step 0, 1, ..
 
     def _output_rows(self, x: Tensor) -> list[int]:
         """Rows of a task that each layer has for x, found once by a forward of one task."""
@@ -97,18 +119,17 @@ class FactoredLoop:
         thetas = {layer.weight: layer.theta for layer in self.layers}
         return [thetas[i] if i in thetas else dense[i] for i in range(len(self.problem.names))]
 
-    def gradient(self, x: Tensor, y, scale: float = 1.0, directions=None, with_x: bool = False):
+    def gradient(self, x: Tensor, y, scale: float = 1.0, directions=None, with_x: bool = False, pushes=None):
         """(loss [T], dense gradients, d, gradient of x or None, inputs x of the layers), and their tangents
-        along `directions` = (dense, [(a, b)]) if given."""
+        along `directions` = (dense, [(a, b)]) if given, and along `pushes` = [(of probe, of pull)]."""
         probes = [
             x.new_zeros(len(x), n, len(layer.theta))
             for n, layer in zip(self._output_rows(x), self.layers, strict=True)
         ]
         dense = list(self.w.values())
-        target, weight = y
         omegas = [None if isinstance(layer.omega, float) else layer.omega for layer in self.layers]
 
-        def of_task(w, probe, x, d_j, x_j, a, b, target, weight):
+        def of_task(w, probe, x, d_j, x_j, a, b, pull, target, weight):
             none = [None] * len(d_j)
             parts = list(zip(d_j, x_j, a or none, b or none, probe, omegas, strict=True))
             with Caught([layer.theta for layer in self.layers], parts) as caught:
@@ -117,29 +138,35 @@ class FactoredLoop:
             inputs = [caught.x.get(id(layer.theta)) for layer in self.layers]
             if any(rows is None for rows in inputs):
                 raise RuntimeError("a factored weight is not used by any F.linear: pass fast_weights='dense'")
+            for rows, p in zip(inputs, pull, strict=False):
+                loss = loss + (rows * p).sum()
             return loss, inputs
 
         gradient = grad_and_value(of_task, argnums=(0, 1, 2) if with_x else (0, 1), has_aux=True)
 
-        def flat(w, a, *rest):
-            probe, x, d_j, x_j, b, target, weight = rest
-            (g, d, *g_x), (loss, inputs) = gradient(w, probe, x, d_j, x_j, a, b, target, weight)
+        def flat(w, a, probe, pull, x, d_j, x_j, b, target, weight):
+            (g, d, *g_x), (loss, inputs) = gradient(w, probe, x, d_j, x_j, a, b, pull, target, weight)
             return loss, g, d, g_x, inputs
 
         d_j, x_j = ([layer.rows[i] for layer in self.layers] for i in (0, 1))
-        rest = (probes, x, d_j, x_j)
+        rest = x, d_j, x_j
         if directions is None:
             return self.backend._map(
-                lambda w, *r: flat(w, [], *r[:4], [], *r[4:]), dense, *rest, target, weight
+                lambda w, probe, *r: flat(w, [], probe, [], *r[:3], [], *r[3:]), dense, probes, *rest, *y
             )
         t_w, rows = directions
         t_a, b = [r[0] for r in rows], [r[1] for r in rows]
+        along = [t_w, t_a]
+        at = [dense, [torch.zeros_like(a) for a in t_a]]
+        if pushes is not None:
+            along += [p[0] for p in pushes], [p[1] for p in pushes]
+            at += [probes, [torch.zeros_like(p[1]) for p in pushes]]
 
-        def dual(w, t_w, a, t_a, *rest):
-            return jvp(lambda w, a: flat(w, a, *rest), (w, a), (t_w, t_a))
+        def dual(at, along, probe, *rest):
+            run = lambda w, a, probe=probe, pull=(): flat(w, a, probe, list(pull), *rest)  # noqa: E731
+            return jvp(run, tuple(at), tuple(along))
 
-        zeros = [torch.zeros_like(a) for a in t_a]
-        return self.backend._map(dual, dense, t_w, zeros, t_a, *rest, b, target, weight)
+        return self.backend._map(dual, at, along, probes, *rest, b, *y)
 
     def clip(self, g: dict[int, Tensor], d: list[Tensor], x: list[Tensor]) -> tuple[Any, Any]:
         """c, and dc / d(|g|^2 / 2), [T] each, of the gradient g with d^T x of the layers; numbers if there is
@@ -161,12 +188,12 @@ class FactoredLoop:
 
     def step(self, sizes: list, x: Tensor, y) -> None:
         """W_{k+1} = W_k - a_k M_{k+1}; sizes: of each parameter, 0.0 for what is frozen"""
-        momentum, decay, _ = self.rule or (0.0, 0.0, math.inf)
         state = [(layer.forward, layer.omega, layer.rho) for layer in self.layers]
         self.trajectory.append((dict(self.w), dict(self.m), state))
         _, g, d, _, inputs = self.gradient(x, y)
         g = dict(zip(self.dense, g, strict=True))
         c, _ = self.clip(g, d, inputs)
+        self.c.append(c)
         for i, w in self.w.items():
             if self.problem.adapt[i]:
                 m = _times(c, g[i])
@@ -176,14 +203,15 @@ class FactoredLoop:
         for layer, d_k, x_k in zip(self.layers, d, inputs, strict=True):
             if not self.problem.adapt[layer.weight]:
                 continue
-            a, old = sizes[layer.weight], layer.forward
-            if self.rule:
-                beta = momentum * old.second - decay * old.first
-                layer.rho = momentum * layer.rho + decay * layer.omega
-                layer.omega = layer.omega - a * layer.rho if decay else layer.omega
-                old = _Sums(old.d, old.x, old.first + a * beta, beta)
-            c_k = c if isinstance(c, float) else c[:, None]
-            layer.forward = old.grown(d_k, x_k, a * c_k, c_k)
+            old = layer.forward
+            alpha, beta, layer.omega, layer.rho = _next(
+                self.rule,
+                sizes[layer.weight],
+                c,
+                d_k.shape[1],
+                (old.first, old.second, layer.omega, layer.rho),
+            )
+            layer.forward = _Sums(torch.cat([old.d, d_k], 1), torch.cat([old.x, x_k], 1), alpha, beta)
 
     def add_query(self, x: Tensor, y, scale: float, *, with_x: bool) -> tuple[Tensor, Tensor | None]:
         """Adds the gradient on the query set to v; its loss [T] and gradient by x."""
@@ -218,8 +246,12 @@ class FactoredLoop:
             [-found[i] if adapt[i] else torch.zeros_like(found[i]) for i in range(len(adapt))], 1
         )
 
-    def step_back(self, sizes: list, x: Tensor, y, *, first_order: bool, with_lr: bool, with_x: bool):
+    def step_back(
+        self, sizes: list, x: Tensor, y, *, first_order: bool, with_lr: bool, with_x: bool, outer=None
+    ):
         """v_k from v_{k+1}, see torch.py.
+
+        outer: gradients of what the step itself gave: [(d, x)] of the layers, c [T] or None.
 
         Returns dL/da_k [T, parameters], or None, and what is to be added to dL/dx, or None.
         """
@@ -236,8 +268,10 @@ class FactoredLoop:
             g = dict(zip(self.dense, g, strict=True))
         if first_order:
             return self.lr_gradient(v, g, d, inputs) if with_lr else None, None
-        u = self.through_clip(g, d, inputs) if clips else self.minus_n()
-        primal, tangent = self.gradient(x, y, directions=u, with_x=with_x)
+        rows, of_c = outer or (None, None)
+        pushes = [(-of_d, -of_x) for of_d, of_x in rows] if rows else None
+        u = self.through_clip(g, d, inputs, of_c) if clips else self.minus_n()
+        primal, tangent = self.gradient(x, y, directions=u, with_x=with_x, pushes=pushes)
         (_, g, d, _, inputs), (_, t_g, t_d, t_x, t_inputs) = primal, tangent
         grad_lr = self.lr_gradient(v, dict(zip(self.dense, g, strict=True)), d, inputs) if with_lr else None
         self.v = {i: a - t for (i, a), t in zip(self.v.items(), t_g, strict=True)}
@@ -261,13 +295,14 @@ class FactoredLoop:
         sums = [layer.v for layer in self.layers]
         return [-n for n in self.n.values()], [(-a.second[..., None] * a.d, a.x) for a in sums]
 
-    def through_clip(self, g: dict[int, Tensor], d: list[Tensor], x: list[Tensor]):
-        """-(c n + c' <g, n> g)"""
+    def through_clip(self, g: dict[int, Tensor], d: list[Tensor], x: list[Tensor], of_c: Tensor | None):
+        """-(c n + c' <g, n> g); of_c: what the gradient by c has besides <g, n>"""
         (c, slope), adapt = self.clip(g, d, x), self.problem.adapt
         sums = [layer.v for layer in self.layers]
         along = sum((g[i] * n).flatten(1).sum(1) for i, n in self.n.items() if adapt[i])
         for a, d_k, x_k in zip(sums, d, x, strict=True):
             along = along + (a.second * a.products(d_k, x_k)).sum(1)  # 0 for what is frozen
+        along = along if of_c is None else along + of_c
         more = -slope * along
         dense, rows = self.minus_n()
         dense = [
@@ -281,6 +316,11 @@ class FactoredLoop:
             rows[j] = a, b
         return dense, rows
 
+    def of_theta(self, layer: _Layer, per_task: bool) -> Tensor:
+        """v_0 of the layer: [T or 1, O, I]"""
+        a, b = layer.v.first[..., None] * layer.v.d, layer.v.x
+        return a.mT @ b if per_task else (a.flatten(0, 1).T @ b.flatten(0, 1))[None]
+
     def gradients(self, per_task: bool) -> Tensor:
         """v_0: [T or 1, P]"""
         T = len(self.layers[0].v.d)
@@ -290,10 +330,8 @@ class FactoredLoop:
             part = v.reshape(T, -1) if per_task else v.sum(0, keepdim=True).reshape(1, -1)
             flat[:, offsets[i] : offsets[i] + part.shape[1]] = part
         for layer in self.layers:
-            a, b = layer.v.first[..., None] * layer.v.d, layer.v.x
-            g = a.mT @ b if per_task else a.flatten(0, 1).T @ b.flatten(0, 1)
             at = offsets[layer.weight]
-            flat[:, at : at + layer.theta.numel()] = g.reshape(len(flat), -1)
+            flat[:, at : at + layer.theta.numel()] = self.of_theta(layer, per_task).reshape(len(flat), -1)
         return flat
 
 
@@ -338,17 +376,119 @@ def apply(backend, problem, params: list[Tensor | FactoredWeight], x: Tensor) ->
     return backend._map(of_task, list(dense.values()), x, [layer.rows for layer in layers])
 
 
-def inner_loop(backend, problem, params, lr, x, y, *, steps, rule, factored) -> list[Tensor | FactoredWeight]:
-    """Fast weights, those of `factored` as factors."""
+def inner_loop(backend, problem, params, lr, x, y, *, steps, rule, factored) -> list[Tensor]:
+    """The dense fast weights [T, *shape], then of each layer that stays factored the rows d and x that the
+    steps left, [T, R, O] and [T, R, I], then c [T, steps] if gradients are clipped: see `weights`."""
     loop = FactoredLoop(backend, problem, params, factored, x, rule)
     for k in range(steps):
         loop.step(backend._step_sizes(problem, lr[k]), x, y)
         loop.trajectory.clear()
-    found: dict[int, Tensor | FactoredWeight] = dict(loop.w)
+    rows = [a for i, layer in zip(factored, loop.layers, strict=True) for a in _new_rows(params[i], layer)]
+    c = [torch.stack([x.new_ones(len(x)) * c for c in loop.c], 1)] if clips(rule, steps) else []
+    return [*loop.w.values(), *rows, *c]
+
+
+def clips(rule, steps: int) -> bool:
+    return bool(rule) and rule[2] < math.inf and steps > 0
+
+
+def _new_rows(weight: Tensor | FactoredWeight, layer: _Layer) -> Rows:
+    before = weight.d.shape[1] if isinstance(weight, FactoredWeight) else 0
+    return layer.forward.d[:, before:], layer.forward.x[:, before:]
+
+
+def weights(
+    backend, problem, params, lr, *, rule, factored, found: Sequence[Tensor]
+) -> list[Tensor | FactoredWeight]:
+    """The fast weights of what `inner_loop` found, differentiably."""
+    dense = [i for i in range(len(params)) if i not in factored]
+    by_place: dict[int, Tensor | FactoredWeight] = dict(zip(dense, found, strict=False))
+    rows = found[len(dense) : len(dense) + 2 * len(factored)]
+    c = found[len(dense) + len(rows) :]
+    sizes = [backend._step_sizes(problem, lr_k) for lr_k in lr]
+    for i, d, x in zip(factored, rows[::2], rows[1::2], strict=True):
+        layer = _layer(i, params[i], len(d))
+        old = layer.forward
+        now = old.first, old.second, layer.omega, layer.rho
+        for k in range(len(lr) if problem.adapt[i] else 0):
+            each = d.shape[1] // len(lr)
+            now = _next(rule, sizes[k][i], c[0][:, k] if c else 1.0, each, now)
+        alpha, _, omega, _ = now
+        theta = params[i].theta if isinstance(params[i], FactoredWeight) else params[i]
+        before = old.d.shape[1]
+        d = alpha[:, before:, None] * d
+        if before:
+            d, x = torch.cat([alpha[:, :before, None] * old.d, d], 1), torch.cat([old.x, x], 1)
+        by_place[i] = FactoredWeight(theta if isinstance(omega, float) else omega * theta, d, x)
+    return [by_place[i] for i in range(len(params))]
+
+
+def inner_loop_backward(
+    backend, problem, params, lr, x, y, outer, *, steps, first_order, rule, factored, needs
+):  # fmt: skip
+    """outer: gradients of what `inner_loop` gives, None for 0.
+
+    Gradients of the parameters, theta, d and x in the place of one that was factors before ([T, ..] where
+    they are of a task, else summed over tasks), of lr [K, S] and of x; None for these two where not needed.
+    """
+    try:
+        return _inner_loop_backward(
+            backend, problem, params, lr, x, y, outer,
+            steps=steps, first_order=first_order, rule=rule, factored=factored, needs=needs,
+        )  # fmt: skip
+    except RuntimeError as error:
+        backend._no_jvp(problem, error)
+        raise RuntimeError(NO_JVP) from error
+
+
+NO_JVP = (
+    "torch has no forward derivative of the model or the loss, which the derivative of factors takes: "
+    "call meta_loss, or inner_loop with fast_weights='dense'"
+)
+
+
+def _inner_loop_backward(
+    backend, problem, params, lr, x, y, outer, *, steps, first_order, rule, factored, needs
+):  # fmt: skip
+    loop = FactoredLoop(backend, problem, params, factored, x, rule)
+    sizes = [backend._step_sizes(problem, lr[k]) for k in range(steps)]
+    for k in range(steps):
+        loop.step(sizes[k], x, y)
+    count = len(loop.dense)
+    loop.v = {
+        i: torch.zeros_like(w) if v is None else v
+        for (i, w), v in zip(loop.w.items(), outer[:count], strict=True)
+    }
+    of_rows: list[list[Rows]] = [[] for _ in range(steps)]  # by step
+    for j, (layer, n) in enumerate(zip(loop.layers, loop._output_rows(x), strict=True)):
+        layer.v = _no_rows(layer.forward.d, layer.forward.x)
+        given = zip(outer[count + 2 * j : count + 2 * j + 2], layer.theta.shape, strict=True)
+        of_d, of_x = (  # what is frozen keeps no rows
+            v if v is not None and v.shape[1] else x.new_zeros(len(x), steps * n, size) for v, size in given
+        )
+        for k in range(steps):
+            of_rows[k].append((of_d[:, k * n : (k + 1) * n], of_x[:, k * n : (k + 1) * n]))
+    of_c = outer[count + 2 * len(factored)] if len(outer) > count + 2 * len(factored) else None
+    g_lr, g_x = [], torch.zeros_like(x) if "x" in needs else None
+    for k in reversed(range(steps)):
+        row, t_x = loop.step_back(
+            sizes[k], x, y, first_order=first_order, with_lr="lr" in needs, with_x="x" in needs,
+            outer=(of_rows[k], None if of_c is None else of_c[:, k]),
+        )  # fmt: skip
+        g_x = g_x + t_x if t_x is not None else g_x
+        if row is not None:
+            g_lr.append(row.sum(1, keepdim=True) if lr.shape[1] == 1 else row)
+    grads: dict[int, list[Tensor]] = {
+        i: [v if params[i].dim() > len(problem.shapes[i]) else v.sum(0)] for i, v in loop.v.items()
+    }
     for layer in loop.layers:
-        theta = layer.theta if isinstance(layer.omega, float) else layer.omega * layer.theta
-        found[layer.weight] = FactoredWeight(theta, *layer.rows)
-    return [found[i] for i in range(len(params))]
+        v, weight = layer.v, params[layer.weight]
+        grads[layer.weight] = [loop.of_theta(layer, False)[0]]
+        if isinstance(weight, FactoredWeight):  # it is theta - d^T x
+            a = v.first[..., None] * v.d
+            grads[layer.weight] += [-(weight.x @ v.x.mT) @ a, -(weight.d @ a.mT) @ v.x]
+    parts = [g for i in range(len(params)) for g in grads[i]]
+    return parts, torch.stack(g_lr[::-1], 1).sum(0) if g_lr else None, g_x
 
 
 def meta_loss(
