@@ -274,7 +274,7 @@ def test_a_gradient_flows_through_the_factors(how: dict, sgd, first_order: bool)
     lr = how.pop("lr", [torch.tensor(0.05), torch.tensor(0.02), torch.tensor(0.04)])
     for n, p in model.named_parameters():
         p.requires_grad_(n != frozen)
-    params = dict(model.named_parameters())
+    params: dict[str, torch.Tensor] = dict(model.named_parameters())
     if own:
         params[own] = params[own] * torch.arange(1.0, T + 1)[:, None]
     same = {"first_order": first_order, "optimizer": sgd, "again": again}

@@ -151,9 +151,11 @@ class FactoredLoop:
         d_j, x_j = ([layer.rows[i] for layer in self.layers] for i in (0, 1))
         rest = x, d_j, x_j
         if directions is None:
-            return self.backend._map(
-                lambda w, probe, *r: flat(w, [], probe, [], *r[:3], [], *r[3:]), dense, probes, *rest, *y
-            )
+
+            def primal(w, probe, x, d_j, x_j, target, weight):
+                return flat(w, [], probe, [], x, d_j, x_j, [], target, weight)
+
+            return self.backend._map(primal, dense, probes, *rest, *y)
         t_w, rows = directions
         t_a, b = [r[0] for r in rows], [r[1] for r in rows]
         along = [t_w, t_a]
