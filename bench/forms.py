@@ -27,6 +27,7 @@ from fastmaml.backends import factored_weights, prepare
 STEPS, SHOTS, TASKS = (1, 5, 20, 50), (1, 5, 25, 100), (1, 32, 256)
 WIDTHS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 QUERIES = 15
+LONG = 1.0  # seconds a call
 WEIGHTS = ("0.weight", "2.weight", "4.weight")
 FORMS: dict[str, Any] = {
     "dense": "dense",
@@ -81,15 +82,16 @@ def measure(c: Case, forms: dict[str, Any], seconds: float) -> dict[str, float]:
     """Median seconds of a meta-step in each form, in turns; one time of a form of three times the least."""
     rng = random.Random(0)
     steps = {name: step(c, form) for name, form in forms.items()}
-    for call in steps.values():
-        call()
-    times = {name: [_seconds(call)] for name, call in steps.items()}
+    first = {name: _seconds(call) for name, call in steps.items()}
+    # a call of seconds has left its warm-up and most noise behind by its end
+    times = {name: [first[name] if first[name] > LONG else _seconds(call)] for name, call in steps.items()}
     least = min(times.values())[0]
     order = [name for name in forms if times[name][0] < 3 * least]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[order[0]]) < 4:
+    while time.perf_counter() < end or len(times[order[0]]) < (2 if least > LONG else 4):
         for name in rng.sample(order, len(order)):
-            steps[name]()  # what another form has left in the caches is no part of this one's time
+            if least < LONG:
+                steps[name]()  # what another form has left in the caches is no part of this one's time
             times[name].append(_seconds(steps[name]))
     return {name: statistics.median(t) for name, t in times.items()}
 

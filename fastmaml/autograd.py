@@ -156,7 +156,9 @@ def run_meta(how, lr, data, ws) -> Sequence[Any]:
             checkpoint_every=every, per_task=per_task, scale=scale, needs=needs, factored=factored,
         )  # fmt: skip
 
-    summed = (not per_task, not per_task and not any_own(problem, ws), not per_task, False, False)
+    summed = (
+        (not per_task, not per_task and not any_own(problem, ws), not per_task, False, False) if chunk else ()
+    )
     return over_tasks(problem, chunk, run, ws, data, summed)
 
 

@@ -15,7 +15,9 @@ functions in a form to read, differentiable any number of times.
 """
 
 import operator
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,11 +50,11 @@ from .autograd import (
     run_meta,
     views_of,
 )
-from .backends import Problem, at, factored_weights, factored_weights_of, prepare
+from .backends import Problem, at, factored_weights, factored_weights_of, prepare, problem_for
 from .backends.cuda import Sizes
 from .backends.precision import check_precision
 from .forms import query_losses
-from .losses import CrossEntropy
+from .losses import CrossEntropy, resolve
 from .optimizers import counted_weights, update_rule
 
 Params = Mapping[str, Tensor]
@@ -196,33 +198,21 @@ def _enter_meta(
 ):  # fmt: skip
     """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, what the
     loop does besides, and the places of the weights that stay factored."""
+    (x_s, y_s), (x_q, y_q) = pair("support", support), pair("query", query)
+    seen = how = None
+    if type(lr) is float and not torch.compiler.is_compiling():
+        seen = signature(params, x_s, y_s, x_q, y_q)
+        how = (
+            lr, steps, first_order, optimizer, step_weights, backend or os.environ.get("FASTMAML_BACKEND"),
+            chunk_tasks, checkpoint_every, fast_weights, precision,
+        )  # fmt: skip
+    if seen and (known := _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how)):
+        problem, (name, rates, loop, factored) = known
+        return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), list(params.values()), loop, factored
     check_count("steps", steps, 0)
     check_count("checkpoint_every", checkpoint_every, 1)
-    check_precision(precision)
     weights = counted_weights(step_weights, steps)
     loop = steps, first_order, update_rule(optimizer), weights, checkpoint_every
-    (x_s, y_s), (x_q, y_q) = pair("support", support), pair("query", query)
-    seen = None if torch.compiler.is_compiling() else signature(params, x_s, y_s, x_q, y_q)
-    if seen:
-        check_count("chunk_tasks", chunk_tasks, 1)
-        check_loss(loss)
-        loss = understood(loss, model, x_s, y_s, y_q)
-        sizes = Sizes(x_s.shape[1], x_q.shape[1])
-        problem, name = prepare(model, tuple(x_s.shape[2:]), loss, x_s.device, x_s.dtype, backend, sizes)
-        if problem.memo.get("seen") == seen:
-            if problem.program and isinstance(problem.loss, CrossEntropy):
-                classes = problem.program.buffers[problem.program.output][-1]
-                check_labels("support y", y_s, classes)
-                check_labels("query y", y_q, classes)
-            rates, ws = step_sizes(problem, lr, steps, x_s), list(params.values())
-            known = problem.memo["forms"]  # with fast_weights=None
-            key = name, rates.shape, query_losses(loop[3]), bool(loop[2])
-            factored = known.get(key) if fast_weights is None else None
-            if factored is None:
-                factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
-                if fast_weights is None:
-                    known[key] = factored
-            return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), ws, loop, factored
     problem, name, x_s, ws = _enter(
         model,
         params,
@@ -238,11 +228,40 @@ def _enter_meta(
     x_q = check_query_x(x_q, x_s)
     _check_norms(problem, x_q)
     data = x_s, *target(problem, y_s, x_s, "support y"), x_q, *target(problem, y_q, x_q, "query y")
-    if seen and tuple(params) == problem.names:
-        problem.memo["seen"], problem.memo["forms"] = seen, {}
     rates = step_sizes(problem, lr, steps, x_s)
     factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
+    if seen and tuple(params) == problem.names:
+        _remember_call(problem, seen, how, (name, rates, loop, factored))
     return problem, name, rates, data, ws, loop, factored
+
+
+def _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, Any] | None:
+    """The Problem, and what `_remember_call` was given for a call like this one. Its checks need not run again:
+    one by one they take as long as a small network's inner loop."""
+    check_loss(loss)
+    meant = resolve(understood(loss, model, x_s, y_s, y_q))
+    problem = problem_for(model, tuple(x_s.shape[2:]), meant, (x_s.shape[1], x_q.shape[1]))
+    if problem.memo.get("seen") != seen:
+        return None
+    try:
+        known = problem.memo["calls"].get((*how, *map(type, how)))
+    except TypeError:  # lists or dicts
+        return None
+    if known and problem.program and isinstance(problem.loss, CrossEntropy):
+        classes = problem.program.buffers[problem.program.output][-1]
+        check_labels("support y", y_s, classes)
+        check_labels("query y", y_q, classes)
+    return known and (problem, known)
+
+
+def _remember_call(problem: Problem, seen, how, call) -> None:
+    if problem.memo.get("seen") != seen:
+        problem.memo["seen"], problem.memo["calls"] = seen, {}
+    calls = problem.memo["calls"]
+    if len(calls) >= 64:  # a schedule of step sizes must not fill the memory
+        calls.clear()
+    with suppress(TypeError):
+        calls[(*how, *map(type, how))] = call
 
 
 def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:

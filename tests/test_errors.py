@@ -64,7 +64,7 @@ def test_params_that_are_no_dict(given):
     raises(TypeError, "must be a dict name -> tensor, got list", given, params=list(given["params"].values()))
 
 
-def test_a_call_like_the_last_one_is_checked_too(model):
+def test_a_call_like_the_last_one_is_checked_too(model, monkeypatch):
     """A signature stands for the checks then: whatever it leaves out goes unnoticed."""
     params = dict(model.named_parameters())
     x, y = torch.randn(T, N, I), torch.randint(C, (T, N))
@@ -87,6 +87,10 @@ def test_a_call_like_the_last_one_is_checked_too(model):
         (TypeError, "query x must be torch.float32", {"x_q": x.double()}),
         (ValueError, "missing", {"params": params | {"more": x}}),
         (ValueError, "steps must be at least 0", {"steps": -1}),
+        (TypeError, "steps must be an integer", {"steps": 1.0}),  # equal to that of the last call
+        (TypeError, "steps must be an integer", {"steps": True}),
+        (ValueError, "loss must be one of", {"loss": "mean"}),
+        (TypeError, "optimizer must be", {"optimizer": 0.9}),
         (ValueError, "chunk_tasks must be at least 1", {"chunk_tasks": 0}),
         (ValueError, "precision must be one of", {"precision": "tf16"}),
         (ValueError, "list of 3", {"lr": [0.1, 0.1, 0.1]}),
@@ -94,6 +98,12 @@ def test_a_call_like_the_last_one_is_checked_too(model):
         with pytest.raises(error, match=match):
             run(**spoiled)
         assert torch.equal(run(), first)
+    for how in ({"lr": 0.2}, {"steps": 2}, {"optimizer": fastmaml.SGD(0, 0.1)}, {"lr": 1}):
+        assert not torch.equal(run(**how), first)
+    monkeypatch.setenv("FASTMAML_BACKEND", "none")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        run()
+    monkeypatch.delenv("FASTMAML_BACKEND")
     reordered = {n: params[n] for n in reversed(params)}
     assert torch.equal(run(params=reordered), first)
     assert torch.equal(run(params=reordered), first)
