@@ -236,7 +236,7 @@ def _enter_meta(
 
 
 def _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, Any] | None:
-    """The Problem, and what `_remember_call` was given for a call like this one. Its checks need not run again:
+    """The Problem, and what `_remember_call` was given for a call like this. Its checks need not run again:
     one by one they take as long as a small network's inner loop."""
     check_loss(loss)
     meant = resolve(understood(loss, model, x_s, y_s, y_q))
