@@ -64,8 +64,8 @@ def _peer(name: str) -> Callable[[Any, Any], Callable]:
     return build
 
 
-# These compile in their first call: the peak of the second is measured, above what there was before the first.
-# It holds what compiling left behind, and what they keep from call to call.
+# These compile in their first call: the peak of the second is measured, above what there was before the
+# first. It holds what compiling left behind, and what they keep from call to call.
 COMPILED = ("compile", "jax")
 PEERS: dict[str, Callable[[Any, Any], Callable]] = {
     "fastmaml": _fastmaml("cpu"),
@@ -235,7 +235,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="inner steps, by comma")
     eager = ",".join(name for name in PEERS if name not in COMPILED)
     parser.add_argument(
-        "--only", default=eager, help=f"which to measure, by comma (default: all but {' and '.join(COMPILED)})"
+        "--only",
+        default=eager,
+        help=f"which to measure, by comma (default: all but {' and '.join(COMPILED)})",
     )
     parser.add_argument("--threads", type=int, default=0, help="cores the processes may use (default: all)")
     parser.add_argument(

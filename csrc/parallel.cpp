@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 
 namespace fastmaml {
 
@@ -21,11 +22,18 @@ void parallel(int64_t items, int threads, const std::function<void(int64_t, int)
     return;
   }
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first that failed: on its way through torch it would lose its type
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-        f(i, static_cast<int>(worker));
+    try {
+      for (int64_t worker = begin; worker < end; ++worker)
+        for (int64_t i; !failed && (i = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+          f(i, static_cast<int>(worker));
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace fastmaml

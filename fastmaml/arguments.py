@@ -208,7 +208,7 @@ def signature(params: Mapping[str, Tensor], *data: Any) -> tuple[Any, ...] | Non
         return None
     if x.dim() < 3 or not x.is_floating_point():
         return None
-    seen: list[Any] = [*params]
+    seen: list[Any] = [type(x), *params]
     for a in (*data, *params.values()):
         if not isinstance(a, Tensor) or not a.is_contiguous():
             return None
@@ -265,11 +265,13 @@ def _constant(problem: Problem, value: float, steps: int, x: Tensor) -> Tensor:
     """[K, 1] of one number, kept for the next call: making it costs as much as all other checks."""
     if torch.compiler.is_compiling():
         return x.new_full((steps, 1), value)
-    if problem.memo.get("lr_key") != (value, steps, x.dtype, x.device):
-        problem.memo["lr_key"] = value, steps, x.dtype, x.device
+    key = value, steps, x.dtype, x.device, type(x)
+    known, rates = problem.memo.get("lr", (None, None))  # in one, for the sake of other threads
+    if known != key:
         with torch.inference_mode(False):  # a later call may want to differentiate what this one makes
-            problem.memo["lr"] = torch.full((steps, 1), value, dtype=x.dtype, device=x.device)
-    return problem.memo["lr"]
+            rates = torch.full((steps, 1), value, dtype=x.dtype, device=x.device)
+        problem.memo["lr"] = key, rates
+    return rates
 
 
 def _by_name(problem: Problem, lr: Any, x: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import forms
 from .backends import BACKENDS, Problem, factored_weights, torch_factored
 from .forms import FactoredWeight
 
@@ -35,12 +36,15 @@ def chosen(
     were so before; lr [K, S]."""
     (T, N), (K, S) = x.shape[:2], lr.shape
     kept = places(ws)
-    named = fast_weights if isinstance(fast_weights, Mapping) else {}
+    if fast_weights is None and not kept:
+        return kept
+    forms.check(fast_weights)
+    named = fast_weights if isinstance(fast_weights, Mapping) else dict.fromkeys(problem.names, fast_weights)
     if told := [problem.names[i] for i in kept if named.get(problem.names[i]) == "dense"]:
         raise ValueError(f"{told} come as factors: pass their .dense() to go on with matrices")
     if kept and S not in (1, len(ws)):
         raise ValueError("factors need one step size for a tensor, not one for each element")
-    if not fast_weights:
+    if fast_weights in (None, "dense"):
         return kept
     own = tuple(
         w.dim() > len(s) and not isinstance(w, FactoredWeight)

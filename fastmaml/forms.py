@@ -57,6 +57,9 @@ class FactoredWeight:
     def contiguous(self) -> "FactoredWeight":
         return self
 
+    def detach(self) -> "FactoredWeight":
+        return FactoredWeight(self.theta.detach(), self.d.detach(), self.x.detach())
+
     def __getitem__(self, tasks: slice) -> "FactoredWeight":
         return FactoredWeight(self.theta, self.d[tasks], self.x[tasks])
 

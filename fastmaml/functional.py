@@ -128,8 +128,7 @@ def inner_loop(
     rates, rule = step_sizes(problem, lr, steps, x), update_rule(optimizer)
     needs = _needs(params=ws, lr=rates, x=x)
     kept = factors.places(ws)
-    if kept or fast_weights not in (None, "dense"):
-        factored = factors.chosen(problem, ws, x, rates, rule, fast_weights)
+    if factored := factors.chosen(problem, ws, x, rates, rule, fast_weights):
         if needs and not first_order:
             factors.check_differentiable(problem, ws, x, y)
         how = problem, chunk_tasks, needs, first_order, rule, factored, kept
@@ -198,21 +197,19 @@ def _enter_meta(
 ):  # fmt: skip
     """Problem, backend, step sizes [K, S], (x, target, weight) of both sets, parameters in order, what the
     loop does besides, and the places of the weights that stay factored."""
+    check_count("steps", steps, 0)
+    check_count("checkpoint_every", checkpoint_every, 1)
+    check_count("chunk_tasks", chunk_tasks, 1)
+    weights = counted_weights(step_weights, steps)
+    loop = steps, bool(first_order), update_rule(optimizer), weights, checkpoint_every
     (x_s, y_s), (x_q, y_q) = pair("support", support), pair("query", query)
     seen = how = None
     if type(lr) is float and not torch.compiler.is_compiling():
         seen = signature(params, x_s, y_s, x_q, y_q)
-        how = (
-            lr, steps, first_order, optimizer, step_weights, backend or os.environ.get("FASTMAML_BACKEND"),
-            chunk_tasks, checkpoint_every, fast_weights, precision,
-        )  # fmt: skip
+        how = lr, loop, backend or os.environ.get("FASTMAML_BACKEND"), fast_weights, precision
     if seen and (known := _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how)):
-        problem, (name, rates, loop, factored) = known
+        problem, (name, rates, factored) = known
         return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), list(params.values()), loop, factored
-    check_count("steps", steps, 0)
-    check_count("checkpoint_every", checkpoint_every, 1)
-    weights = counted_weights(step_weights, steps)
-    loop = steps, first_order, update_rule(optimizer), weights, checkpoint_every
     problem, name, x_s, ws = _enter(
         model,
         params,
@@ -231,7 +228,7 @@ def _enter_meta(
     rates = step_sizes(problem, lr, steps, x_s)
     factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
     if seen and tuple(params) == problem.names:
-        _remember_call(problem, seen, how, (name, rates, loop, factored))
+        _remember_call(problem, seen, how, (name, rates, factored))
     return problem, name, rates, data, ws, loop, factored
 
 
@@ -240,12 +237,13 @@ def _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, An
     one by one they take as long as a small network's inner loop."""
     check_loss(loss)
     meant = resolve(understood(loss, model, x_s, y_s, y_q))
-    problem = problem_for(model, tuple(x_s.shape[2:]), meant, (x_s.shape[1], x_q.shape[1]))
-    if problem.memo.get("seen") != seen:
+    problem = problem_for(model, tuple(x_s.shape[2:]), meant, (x_s.shape[1], _examples(x_q)))
+    its_seen, calls = problem.memo.get("calls", (None, None))  # in one, for the sake of other threads
+    if its_seen != seen:
         return None
     try:
-        known = problem.memo["calls"].get((*how, *map(type, how)))
-    except TypeError:  # lists or dicts
+        known = calls.get(how)
+    except TypeError:  # a dict of forms
         return None
     if known and problem.program and isinstance(problem.loss, CrossEntropy):
         classes = problem.program.buffers[problem.program.output][-1]
@@ -255,13 +253,12 @@ def _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, An
 
 
 def _remember_call(problem: Problem, seen, how, call) -> None:
-    if problem.memo.get("seen") != seen:
-        problem.memo["seen"], problem.memo["calls"] = seen, {}
-    calls = problem.memo["calls"]
-    if len(calls) >= 64:  # a schedule of step sizes must not fill the memory
-        calls.clear()
+    its_seen, calls = problem.memo.get("calls", (None, {}))
+    if its_seen != seen or len(calls) >= 64:  # a schedule of step sizes must not fill the memory
+        calls = {}
+        problem.memo["calls"] = seen, calls
     with suppress(TypeError):
-        calls[(*how, *map(type, how))] = call
+        calls[how] = call
 
 
 def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:

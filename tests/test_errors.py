@@ -91,6 +91,8 @@ def test_a_call_like_the_last_one_is_checked_too(model, monkeypatch):
         (TypeError, "steps must be an integer", {"steps": True}),
         (ValueError, "loss must be one of", {"loss": "mean"}),
         (TypeError, "optimizer must be", {"optimizer": 0.9}),
+        (ValueError, "fast_weights must be None", {"fast_weights": ["0.weight"]}),
+        (ValueError, r"query x must have shape \[T, N", {"x_q": x[0, 0]}),
         (ValueError, "chunk_tasks must be at least 1", {"chunk_tasks": 0}),
         (ValueError, "precision must be one of", {"precision": "tf16"}),
         (ValueError, "list of 3", {"lr": [0.1, 0.1, 0.1]}),
@@ -100,6 +102,14 @@ def test_a_call_like_the_last_one_is_checked_too(model, monkeypatch):
         assert torch.equal(run(), first)
     for how in ({"lr": 0.2}, {"steps": 2}, {"optimizer": fastmaml.SGD(0, 0.1)}, {"lr": 1}):
         assert not torch.equal(run(**how), first)
+    weights = torch.tensor([0.5, 0.5])
+    both = run(steps=2, step_weights=weights)
+    assert torch.allclose(run(steps=2, step_weights=weights.mul_(2)), 2 * both)
+    with pytest.raises(ValueError, match="no derivative here"):
+        run(steps=2, step_weights=weights.requires_grad_())
+    run(step_weights=(1.0,))
+    with pytest.raises(TypeError, match="must be a number"):
+        run(step_weights=(True,))
     monkeypatch.setenv("FASTMAML_BACKEND", "none")
     with pytest.raises(ValueError, match="backend must be one of"):
         run()

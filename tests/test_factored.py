@@ -309,6 +309,39 @@ def test_factors_where_they_cannot_be() -> None:
         functional.value_and_grad(model, fast, x, y, loss="mse")
     with pytest.raises(ValueError, match=r"'0.weight'\] come as factors"):
         functional.inner_loop(model, fast, x, y, fast_weights={"0.weight": "dense"}, **how)
+    with pytest.raises(ValueError, match=r"'0.weight'.*\] come as factors"):
+        functional.inner_loop(model, fast, x, y, fast_weights="dense", **how)
     each = {n: torch.full_like(p, 0.1) for n, p in params.items()}
     with pytest.raises(ValueError, match="not one for each element"):
         functional.inner_loop(model, fast, x, y, loss="mse", lr=each, steps=1)
+    dense = {"fast_weights": {"0.weight": "dense"}, "optimizer": fastmaml.SGD(max_grad_norm=0.1)}
+    found = functional.inner_loop(model, params, x, y, **dense, **how)["0.weight"]
+    assert isinstance(found, torch.Tensor)
+    with pytest.raises(RuntimeError, match="not used by any F"):
+        functional.apply(Unlinear(model), {f"of.{n}": w for n, w in fast.items()}, x, backend="torch")
+
+
+class Unlinear(nn.Module):
+    """The same parameters, without a linear layer."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((p.sum() * x for p in self.of.parameters()), 0 * x)
+
+
+def test_fast_weights_lie_in_memory_of_their_own() -> None:
+    model, ((x, y), _) = network(), tasks()
+    model[0].bias.requires_grad_(False)
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    kept = {n: p.clone() for n, p in params.items()}
+    how = {"loss": "mse", "lr": 0.1, "steps": 1, "fast_weights": "factored"}
+    fast = functional.inner_loop(model, params, x[:1], y[:1], **how)
+    for w in fast.values():
+        if isinstance(w, torch.Tensor):
+            w.zero_()
+        else:
+            assert not w.detach().requires_grad
+    assert all(torch.equal(params[n], kept[n]) for n in params)

@@ -149,23 +149,35 @@ struct Call {
   }
 
   // both: numbers in a sum over tasks, 0 for none. A factored program's thread has 80 rows for its product
-  // with theta, or what 2 MiB hold: with fewer it would read theta too often, with many more they fall out of
-  // the cache between two ops (measured). A round has no more than some 256 MiB hold.
+  // with theta, so as not to read theta too often, but no more than leave what the steps keep of them within
+  // 12 MiB, so as not to lose it from the cache between two steps (measured; on the matrix unit it was not);
+  // or what 2 MiB hold. A round has no more than some 256 MiB hold.
   void divide(int64_t both) {
     const int64_t n = std::max<int64_t>(N, 1), least = plan.factored ? std::max<int64_t>(10 / n, 1) : 1;
-    int64_t sets = (q.T + least - 1) / least;
-    const int64_t most = plan.factored || both == 0 ? sets : 64;
+    int64_t count = (q.T + least - 1) / least;  // of sets
+    const int64_t most = plan.factored || both == 0 ? count : 64;
     if (both > 0)
-      sets = std::min(sets, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
-    parts = Partition(q.T, sets);
+      count = std::min(count, std::clamp<int64_t>((int64_t(1) << 22) / both, 8, std::max<int64_t>(most, 8)));
+    parts = Partition(q.T, count);
     if (!plan.factored) return parts.divide_by_halves(q.threads);
     const int64_t steps = plan.side_by_side ? K : 1, MiB = int64_t(1) << 20;
     const int64_t queries = plan.side_by_side ? query_steps.size() : 1;
-    const int64_t each =
-        (4 * steps * N * plan.per_example + 2 * queries * Q * plan.per_example + 1) * sizeof(T);
-    const int64_t wanted = std::min(q.threads * std::max(80 / n + 1, 2 * MiB / each), 256 * MiB / each);
+    const int64_t x = (N + Q) * plan.program.buffers[0].R * plan.ld[0];
+    const int64_t kept = 4 * steps * N * plan.per_example * sizeof(T) + 1;
+    const int64_t each = kept + (2 * queries * Q * plan.per_example + x) * sizeof(T);
+    // the weights that stay dense, of tasks side by side: those of all steps, momenta, adjoints
+    const int64_t sets = plan.side_by_side ? ((keep ? K + 1 : 2) + 2) * (q.plain ? 1 : 2) + 1 : 0;
+    const int64_t dense = sets * plan.P * sizeof(T);
+    bool amx = false;
+    for (const OpPlan& o : plan.ops)
+      if (o.form != Form::dense) {
+        const Param& p = plan.program.params[o.op.w];
+        amx |= on_amx(o, p.I, p.O);
+      }
+    const int64_t few = amx ? 80 / n + 1 : std::clamp(12 * MiB / kept, 20 / n + 1, 80 / n + 1);
+    const int64_t wanted = std::min(q.threads * std::max(few, 2 * MiB / each), 256 * MiB / (each + dense));
     const int64_t rounds = (q.T + wanted - 1) / std::max<int64_t>(wanted, 1);
-    parts.divide_evenly(q.threads, std::clamp<int64_t>(rounds, 1, sets));
+    parts.divide_evenly(q.threads, std::clamp<int64_t>(rounds, 1, count));
   }
 
   int64_t n_params() const { return plan.slots.size(); }

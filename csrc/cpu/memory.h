@@ -78,7 +78,7 @@ struct Memory {
     auto clear = [&](T* at, int64_t examples, int64_t frames, int64_t stride) {
       for (int64_t f = 0; f < frames; ++f)
         for (int64_t half = 0; half < 2; ++half)  // values and gradients
-          for (std::size_t b = 0; b < plan.ld.size(); ++b)
+          for (std::size_t b = plan.x_in_frames ? 0 : 1; b < plan.ld.size(); ++b)
             clear_padding(b, examples,
                           at + f * stride + examples * (half * plan.per_example + plan.before[b]));
     };

@@ -50,7 +50,8 @@ struct Plan {
   int64_t P = 0;  // floats of all slots
   int64_t per_example = 0, saved_each = 0, saved_fixed = 0;
   bool tied = false, frozen = false;
-  bool factored = false;  // is any layer
+  bool x_in_frames = false;  // have frames room for buffer 0? x lies elsewhere, few calls want its gradient
+  bool factored = false;     // is any layer
   bool side_by_side =
       false;  // have tasks to run so, for a product of all of them with one theta in each step?
 
@@ -82,10 +83,11 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line, const std::v
   std::vector<char> no_matrix(program.params.size(), 0);
   for (std::size_t i = 0; i < factored.size(); ++i)
     if (factored[i]) no_matrix[program.ops[i].w] = 1;
+  plan.x_in_frames = x_grad || program.output == 0;
   for (const Buffer& b : program.buffers) {
     plan.ld.push_back(apart(round_up(b.C, lanes), 8 * 2 * line, line));
     plan.before.push_back(plan.per_example);
-    plan.per_example += b.R * plan.ld.back();
+    if (plan.before.size() > 1 || plan.x_in_frames) plan.per_example += b.R * plan.ld.back();
   }
   for (const Param& p : program.params) {
     Slot s{};

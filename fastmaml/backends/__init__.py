@@ -194,6 +194,7 @@ def factored_weights(
     """The weights that stay factored: forms.choose, remembered."""
     if fast_weights is None and not keeps_factors(name, sizes[-1]):
         return ()
+    forms.check(fast_weights)
     if fast_weights is not None and not isinstance(fast_weights, str):
         fast_weights = tuple(fast_weights.items())
     key = "factored", name, sizes, own, S, fast_weights

@@ -60,6 +60,7 @@ class _Sums:
         return ((self.d @ d.mT) * (self.x @ x.mT)).sum(2)
 
 
+_UNUSED = "a factored weight is not used by any F.linear: pass fast_weights='dense', or its .dense() on"
 Coefficients = tuple[Tensor, Tensor, Any, Any]  # alpha and beta [T, R]; omega and rho
 
 
@@ -97,7 +98,10 @@ class FactoredLoop:
     def __init__(self, backend, problem, params, factored, x: Tensor, rule=()) -> None:
         self.backend, self.problem, self.rule = backend, problem, rule
         self.layers = [_layer(i, params[i], len(x)) for i in factored]
-        self.w = {i: w.detach().contiguous() for i, w in _dense(problem, params, factored, len(x)).items()}
+        self.w = {  # of its own memory: what no step changes is a result, too
+            i: w.detach().clone(memory_format=torch.contiguous_format)
+            for i, w in _dense(problem, params, factored, len(x)).items()
+        }
         self.m = {i: torch.zeros_like(w) for i, w in self.w.items()} if rule else {}
         self.dense = list(self.w)
         self.v: dict[int, Tensor] = {}
@@ -137,7 +141,7 @@ class FactoredLoop:
                 loss = scale * self.backend._loss(self.problem)(all_weights, x, target, weight)
             inputs = [caught.x.get(id(layer.theta)) for layer in self.layers]
             if any(rows is None for rows in inputs):
-                raise RuntimeError("a factored weight is not used by any F.linear: pass fast_weights='dense'")
+                raise RuntimeError(_UNUSED)
             for rows, p in zip(inputs, pull, strict=False):
                 loss = loss + (rows * p).sum()
             return loss, inputs
@@ -371,9 +375,13 @@ def apply(backend, problem, params: list[Tensor | FactoredWeight], x: Tensor) ->
 
     def of_task(w, x, rows):
         thetas = {layer.weight: layer.theta for layer in layers}
-        with Caught(list(thetas.values()), [(d, x_j, None, None, None, None) for d, x_j in rows]):
+        parts = [(d, x_j, None, None, None, None) for d, x_j in rows]
+        with Caught(list(thetas.values()), parts) as caught:
             weights = dict(zip(dense, w, strict=True)) | thetas
-            return backend._output(problem, [weights[i] for i in range(len(params))], x)
+            out = backend._output(problem, [weights[i] for i in range(len(params))], x)
+        if len(caught.x) < len(thetas):
+            raise RuntimeError(_UNUSED)
+        return out
 
     return backend._map(of_task, list(dense.values()), x, [layer.rows for layer in layers])
 

@@ -69,7 +69,7 @@ extern "C" void op_task(int64_t kind, double attr, int64_t M, int64_t I, int64_t
   const int64_t b = a->b ? int64_t(program.params.size()) - 1 : -1;
   program.ops = {{Kind(kind), 0, -1, 1, a->w ? 0 : -1, b, false, false, attr, 0, 0}};
   program.output = 1;
-  const Plan plan = make_plan(program, lanes<double>, 8);
+  const Plan plan = make_plan(program, lanes<double>, 8, {}, true);
   OpPlan o = plan.ops[0];
   o.tangent_in0 = a->t_x;
   const Places places(plan, M, 1);
