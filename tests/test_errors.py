@@ -100,8 +100,9 @@ def test_a_call_like_the_last_one_is_checked_too(model, monkeypatch):
         with pytest.raises(error, match=match):
             run(**spoiled)
         assert torch.equal(run(), first)
-    for how in ({"lr": 0.2}, {"steps": 2}, {"optimizer": fastmaml.SGD(0, 0.1)}, {"lr": 1}):
-        assert not torch.equal(run(**how), first)
+    more: dict[str, Any]
+    for more in ({"lr": 0.2}, {"steps": 2}, {"optimizer": fastmaml.SGD(0, 0.1)}, {"lr": 1}):
+        assert not torch.equal(run(**more), first)
     weights = torch.tensor([0.5, 0.5])
     both = run(steps=2, step_weights=weights)
     assert torch.allclose(run(steps=2, step_weights=weights.mul_(2)), 2 * both)

@@ -361,6 +361,8 @@ struct Case {
 Call make_call(const Case& a) {
   Call c;
   c.program = a.program, c.program.loss = a.loss, c.program.label_smoothing = a.label_smoothing;
+  static int64_t programs = 0;
+  c.program.number = ++programs;  // so that the plan is found again in most calls
   c.T = a.T, c.K = a.K, c.own = c.per_task = a.own, c.sgd = a.sgd, c.step_weights = a.step_weights;
   if (!a.factored.empty()) c.factored.resize(a.program.ops.size());
   c.shared.resize(a.program.params.size());
