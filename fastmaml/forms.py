@@ -197,7 +197,7 @@ def cost(layer: LinearLayer, sizes: Sizes, form: str, side_by_side: bool = False
         if 4 * IO * (K + 2) > 2**20:
             time += 0.0235 * passes
         if side_by_side and 4 * IO * (K + 2) * together > 2**19:
-            time += 0.151 * IO * ((21 if sizes.optimizer else 9) * K + 6 * more)
+            time += 0.1 * IO * ((21 if sizes.optimizer else 9) * K + 6 * more)
         return time
     if layer.fixed_input:
         thin = (N + Q) * N * I + O * (K * N * N + sizes.losses * Q * N + K * N * (N + Q))

@@ -150,8 +150,8 @@ struct Call {
 
   // both: numbers in a sum over tasks, 0 for none. A factored program's thread has 80 rows for its product
   // with theta, so as not to read theta too often, but no more than leave what the steps keep of them within
-  // 12 MiB, so as not to lose it from the cache between two steps (measured; on the matrix unit it was not);
-  // or what 2 MiB hold. A round has no more than some 256 MiB hold.
+  // 12 MiB, so as not to lose that from the cache between two steps; 20 where theta stays in the cache itself
+  // (measured, but not on the matrix unit); or what 2 MiB hold. A round has no more than some 256 MiB hold.
   void divide(int64_t both) {
     const int64_t n = std::max<int64_t>(N, 1), least = plan.factored ? std::max<int64_t>(10 / n, 1) : 1;
     int64_t count = (q.T + least - 1) / least;  // of sets
@@ -168,13 +168,15 @@ struct Call {
     // the weights that stay dense, of tasks side by side: those of all steps, momenta, adjoints
     const int64_t sets = plan.side_by_side ? ((keep ? K + 1 : 2) + 2) * (q.plain ? 1 : 2) + 1 : 0;
     const int64_t dense = sets * plan.P * sizeof(T);
-    bool amx = false;
-    for (const OpPlan& o : plan.ops)
-      if (o.form != Form::dense) {
-        const Param& p = plan.program.params[o.op.w];
-        amx |= on_amx(o, p.I, p.O);
-      }
-    const int64_t few = amx ? 80 / n + 1 : std::clamp(12 * MiB / kept, 20 / n + 1, 80 / n + 1);
+    bool amx = false, small = plan.side_by_side;
+    for (const OpPlan& o : plan.ops) {
+      if (o.form == Form::dense) continue;
+      const Param& p = plan.program.params[o.op.w];
+      amx |= on_amx(o, p.I, p.O);
+      small &= o.form == Form::fixed_input || p.I * p.O * static_cast<int64_t>(sizeof(T)) <= MiB / 4;
+    }
+    const int64_t of_80 = 80 / n + 1, of_20 = 20 / n + 1;  // tasks that have so many rows
+    const int64_t few = amx ? of_80 : small ? of_20 : std::clamp(12 * MiB / kept, of_20, of_80);
     const int64_t wanted = std::min(q.threads * std::max(few, 2 * MiB / each), 256 * MiB / (each + dense));
     const int64_t rounds = (q.T + wanted - 1) / std::max<int64_t>(wanted, 1);
     parts.divide_evenly(q.threads, std::clamp<int64_t>(rounds, 1, count));
