@@ -82,13 +82,3 @@ def check_differentiable(problem: Problem, ws: Sequence[Any], x: Tensor, y: Sequ
     backend = BACKENDS["torch"]
     if not backend._has_jvp(problem, backend._own(problem, dense, 1), x, y):
         raise RuntimeError(torch_factored.NO_JVP)
-
-
-def weights(
-    problem: Problem, ws: Sequence[Any], lr: Tensor, rule: tuple[float, ...], factored: list[int],
-    found: Sequence[Tensor],
-) -> list[Tensor | FactoredWeight]:  # fmt: skip
-    """The fast weights, of what FactoredInnerLoop gives."""
-    return torch_factored.weights(
-        BACKENDS["torch"], problem, ws, lr, rule=rule, factored=factored, found=found
-    )

@@ -50,7 +50,16 @@ from .autograd import (
     run_meta,
     views_of,
 )
-from .backends import Problem, at, factored_weights, factored_weights_of, prepare, problem_for
+from .backends import (
+    BACKENDS,
+    Problem,
+    at,
+    factored_weights,
+    factored_weights_of,
+    prepare,
+    problem_for,
+    torch_factored,
+)
 from .backends.cuda import Sizes
 from .backends.precision import check_precision
 from .forms import query_losses
@@ -133,7 +142,9 @@ def inner_loop(
             factors.check_differentiable(problem, ws, x, y)
         how = problem, chunk_tasks, needs, first_order, rule, factored, kept
         found = FactoredInnerLoop.apply(how, rates, x, *y, *factors.parts_of(ws))
-        fast = factors.weights(problem, ws, rates, rule, factored, found)
+        fast = torch_factored.weights(
+            BACKENDS["torch"], problem, ws, rates, rule=rule, factored=factored, found=found
+        )
         return dict(zip(problem.names, fast, strict=True))
     how = problem, (name, precision), chunk_tasks, needs, steps, first_order, rule, checkpoint_every
     return dict(zip(problem.names, InnerLoop.apply(how, rates, x, *y, *ws), strict=True))
@@ -204,11 +215,12 @@ def _enter_meta(
     loop = steps, bool(first_order), update_rule(optimizer), weights, checkpoint_every
     (x_s, y_s), (x_q, y_q) = pair("support", support), pair("query", query)
     seen = how = None
-    if type(lr) is float and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         seen = signature(params, x_s, y_s, x_q, y_q)
-        how = lr, loop, backend or os.environ.get("FASTMAML_BACKEND"), fast_weights, precision
-    if seen and (known := _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how)):
-        problem, (name, rates, factored) = known
+        told = tuple(fast_weights.items()) if isinstance(fast_weights, Mapping) else fast_weights
+        how = loop, backend or os.environ.get("FASTMAML_BACKEND"), told, precision
+    if seen and (known := _known_call(model, loss, lr, x_s, y_s, x_q, y_q, seen, how)):
+        problem, rates, (name, factored) = known
         return problem, name, rates, (x_s, y_s, None, x_q, y_q, None), list(params.values()), loop, factored
     problem, name, x_s, ws = _enter(
         model,
@@ -228,12 +240,12 @@ def _enter_meta(
     rates = step_sizes(problem, lr, steps, x_s)
     factored = _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights)
     if seen and tuple(params) == problem.names:
-        _remember_call(problem, seen, how, (name, rates, factored))
+        _remember_call(problem, seen, (rates.shape, how), (name, factored))
     return problem, name, rates, data, ws, loop, factored
 
 
-def _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, Any] | None:
-    """The Problem, and what `_remember_call` was given for a call like this. Its checks need not run again:
+def _known_call(model, loss, lr, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, Tensor, Any] | None:
+    """Problem, lr, and what `_remember_call` was given for a call like this. Its checks need not run again:
     one by one they take as long as a small network's inner loop."""
     check_loss(loss)
     meant = resolve(understood(loss, model, x_s, y_s, y_q))
@@ -241,24 +253,27 @@ def _known_call(model, loss, x_s, y_s, x_q, y_q, seen, how) -> tuple[Problem, An
     its_seen, calls = problem.memo.get("calls", (None, None))  # in one, for the sake of other threads
     if its_seen != seen:
         return None
+    rates = step_sizes(problem, lr, how[0][0], x_s)
     try:
-        known = calls.get(how)
-    except TypeError:  # a dict of forms
+        known = calls.get((rates.shape, how))
+    except TypeError:  # the checks say what is wrong
         return None
-    if known and problem.program and isinstance(problem.loss, CrossEntropy):
+    if known is None:
+        return None
+    if problem.program and isinstance(problem.loss, CrossEntropy):
         classes = problem.program.buffers[problem.program.output][-1]
         check_labels("support y", y_s, classes)
         check_labels("query y", y_q, classes)
-    return known and (problem, known)
+    return problem, rates, known
 
 
-def _remember_call(problem: Problem, seen, how, call) -> None:
+def _remember_call(problem: Problem, seen, key, call) -> None:
     its_seen, calls = problem.memo.get("calls", (None, {}))
-    if its_seen != seen or len(calls) >= 64:  # a schedule of step sizes must not fill the memory
+    if its_seen != seen or len(calls) >= 64:  # a schedule of momenta must not fill the memory
         calls = {}
         problem.memo["calls"] = seen, calls
     with suppress(TypeError):
-        calls[how] = call
+        calls[key] = call
 
 
 def _factored(model, problem, name, loss, rates, x_s, x_q, ws, loop, fast_weights) -> tuple[int, ...]:

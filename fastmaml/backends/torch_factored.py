@@ -285,6 +285,27 @@ class FactoredLoop:
             layer.v = layer.v.grown(-t_d_k, x_k, 1.0, 0.0).grown(-d_k, t_x_k, 1.0, 0.0)
         return grad_lr, -t_x[0] if t_x else None
 
+    def back(
+        self, sizes: list[list], x: Tensor, y, *, first_order: bool, with_lr: bool, with_x: bool, S: int,
+        outer=None, then=None,
+    ):  # fmt: skip
+        """v_0 from v_K; outer: see step_back, by step; then(k) is called when v is v_k.
+
+        Returns dL/da [T, K, S], or None, and dL/dx, or None.
+        """
+        g_lr, g_x = [], torch.zeros_like(x) if with_x else None
+        for k in reversed(range(len(sizes))):
+            row, t_x = self.step_back(
+                sizes[k], x, y, first_order=first_order, with_lr=with_lr, with_x=with_x,
+                outer=outer[k] if outer else None,
+            )  # fmt: skip
+            g_x = g_x + t_x if t_x is not None else g_x
+            if row is not None:
+                g_lr.append(row.sum(1, keepdim=True) if S == 1 else row)
+            if then:
+                then(k)
+        return torch.stack(g_lr[::-1], 1) if g_lr else None, g_x
+
     def descend_back(self, sizes: list) -> None:
         """n <- momentum n - a_k v, then v <- v + weight_decay n"""
         momentum, decay, _ = self.rule or (0.0, 0.0, math.inf)
@@ -479,15 +500,10 @@ def _inner_loop_backward(
         for k in range(steps):
             of_rows[k].append((of_d[:, k * n : (k + 1) * n], of_x[:, k * n : (k + 1) * n]))
     of_c = outer[count + 2 * len(factored)] if len(outer) > count + 2 * len(factored) else None
-    g_lr, g_x = [], torch.zeros_like(x) if "x" in needs else None
-    for k in reversed(range(steps)):
-        row, t_x = loop.step_back(
-            sizes[k], x, y, first_order=first_order, with_lr="lr" in needs, with_x="x" in needs,
-            outer=(of_rows[k], None if of_c is None else of_c[:, k]),
-        )  # fmt: skip
-        g_x = g_x + t_x if t_x is not None else g_x
-        if row is not None:
-            g_lr.append(row.sum(1, keepdim=True) if lr.shape[1] == 1 else row)
+    g_lr, g_x = loop.back(
+        sizes, x, y, first_order=first_order, with_lr="lr" in needs, with_x="x" in needs, S=lr.shape[1],
+        outer=[(rows, None if of_c is None else of_c[:, k]) for k, rows in enumerate(of_rows)],
+    )  # fmt: skip
     grads: dict[int, list[Tensor]] = {
         i: [v if params[i].dim() > len(problem.shapes[i]) else v.sum(0)] for i, v in loop.v.items()
     }
@@ -498,7 +514,7 @@ def _inner_loop_backward(
             a = v.first[..., None] * v.d
             grads[layer.weight] += [-(weight.x @ v.x.mT) @ a, -(weight.d @ a.mT) @ v.x]
     parts = [g for i in range(len(params)) for g in grads[i]]
-    return parts, torch.stack(g_lr[::-1], 1).sum(0) if g_lr else None, g_x
+    return parts, None if g_lr is None else g_lr.sum(0), g_x
 
 
 def meta_loss(
@@ -527,17 +543,12 @@ def meta_loss(
     add_query(steps)
     if not back:
         return loss if per_task else loss.sum(), None, None, None, g_xq
-    S = lr.shape[1] if steps else 1
-    g_lr, g_x = [], torch.zeros_like(x) if "x_s" in needs else None
-    for k in reversed(range(steps)):
-        how = {"first_order": first_order, "with_lr": "lr" in needs, "with_x": "x_s" in needs}
-        row, t_x = loop.step_back(sizes[k], x, y, **how)
-        g_x = g_x + t_x if t_x is not None else g_x
-        if row is not None:
-            row = row.sum(1, keepdim=True) if S == 1 else row
-            g_lr.append(row if per_task else row.sum(0, keepdim=True))
-        if step_weights and k > 0:
-            add_query(k)
+    g_lr, g_x = loop.back(
+        sizes, x, y, first_order=first_order, with_lr="lr" in needs, with_x="x_s" in needs, S=lr.shape[1],
+        then=(lambda k: add_query(k) if k else None) if step_weights else None,
+    )  # fmt: skip
+    if g_lr is not None and not per_task:
+        g_lr = g_lr.sum(0, keepdim=True)
     loss = loss if per_task else loss.sum()
     per_task |= any(p.dim() > len(s) for p, s in zip(params, problem.shapes, strict=True))
-    return loss, loop.gradients(per_task), torch.stack(g_lr[::-1], 1) if g_lr else None, g_x, g_xq
+    return loss, loop.gradients(per_task), g_lr, g_x, g_xq
