@@ -74,9 +74,9 @@ struct Run {
       auto finish = [&](int64_t row, bool add) {
         T* const out = static_cast<T*>(q.grads) + row * c.plan.program.P + p.offset;
         for (int64_t o = 0; o < p.O; o += all.back()->rows)
-          for (int64_t i = 0; i < p.I; i += Products::columns)
+          for (int64_t i = 0; i < p.I; i += all.back()->columns)
             items.push_back({all.back().get(), o, std::min(all.back()->rows, p.O - o), i,
-                             std::min(Products::columns, p.I - i), out, add});
+                             std::min(all.back()->columns, p.I - i), out, add});
       };
       // the outer products of the tasks from t to end, all of one group
       const int64_t kinds = workers[0]->layers.outer_products(op);

@@ -13,7 +13,9 @@ struct Memory {
   const int64_t frame, t_frame, q_frame, query_frames;  // floats of a step's frames, of a query set's; those
   const Places support_places, query_places;
   std::optional<Arena> arena;
-  T *theta_own, *stored, *segment, *v, *u, *g, *x_s, *x_q, *support_frames, *query_frame, *tangent_frames;
+  T *theta_own, *stored, *segment, *v, *u, *g, *support_frames, *query_frame, *tangent_frames;
+  T *padded_s, *padded_q;       // x, where its rows need padding
+  const T *x_s, *x_q;           // of the tasks of a group, in rows of ld[0] numbers
   T *stored_m, *segment_m, *n;  // M_k, as W_k; dL/dM
   T *scaled, *product;          // scratch of the factored layers
   bool dual;                    // are there tangents?
@@ -40,12 +42,13 @@ struct Memory {
         query_places(plan, Q, L),
         dual(c.keep || c.q.tail == Tail::curvature) {
     const int64_t kept = L * weight_sets * P, more = c.keep ? L * (c.every - 1) * P : 0;
+    const int64_t of_x = plan.ld[0] == plan.program.buffers[0].C ? 0 : c.group * ld0;
     const int64_t tangents = !dual ? 0 : plan.side_by_side ? frames * t_frame : t_frame;
     std::vector<std::pair<T**, int64_t>> parts = {{&support_frames, frames * frame},
                                                   {&query_frame, query_frames * q_frame},
                                                   {&tangent_frames, tangents},
-                                                  {&x_s, K > 0 ? c.group * N * ld0 : 0},
-                                                  {&x_q, c.group * Q * ld0},
+                                                  {&padded_s, K > 0 ? N * of_x : 0},
+                                                  {&padded_q, Q * of_x},
                                                   {&theta_own, L * P},
                                                   {&stored, kept},
                                                   {&segment, more},
@@ -86,14 +89,27 @@ struct Memory {
     clear(query_frame, L * Q, query_frames, q_frame);
     if (plan.side_by_side) clear(tangent_frames, L * N, c.keep ? frames : 0, t_frame);
     if (!plan.side_by_side && dual) std::memset(tangent_frames, 0, t_frame * sizeof(T));  // of either set
-    if (K > 0) clear_padding(0, c.group * N, x_s);
-    clear_padding(0, c.group * Q, x_q);
+    if (K > 0) clear_padding(0, c.group * N, padded_s);
+    clear_padding(0, c.group * Q, padded_q);
   }
   void clear_padding(std::size_t b, int64_t examples, T* at) const {
     const Buffer& buffer = plan.program.buffers[b];
     const int64_t ld = plan.ld[b], padding = ld - buffer.C;
     for (int64_t r = 0; r < examples * buffer.R && padding; ++r)
       std::memset(at + r * ld + buffer.C, 0, padding * sizeof(T));
+  }
+
+  // x of the tasks of a group, from `begin` on
+  void take_x(int64_t begin, int64_t tasks) {
+    x_s = K > 0 ? rows_of(c.q.support, begin, tasks, padded_s) : padded_s;
+    x_q = c.q.tail != Tail::weights ? rows_of(c.q.query, begin, tasks, padded_q) : padded_q;
+  }
+  const T* rows_of(const Set& set, int64_t begin, int64_t tasks, T* padded) const {
+    const Buffer& x = plan.program.buffers[0];
+    const T* const from = static_cast<const T*>(set.x) + begin * set.n * x.R * x.C;
+    if (plan.ld[0] == x.C) return from;
+    copy_rows(tasks * set.n * x.R, x.C, from, x.C, padded, plan.ld[0]);
+    return padded;
   }
 
   // W_k: stored at every `every`-th step, in the current segment else. Without an adjoint two take turns.

@@ -7,14 +7,15 @@ namespace fastmaml::FASTMAML_ISA {
 // The gradient of a factored layer's theta [O, I]: minus the sum of its outer products d^T x.
 template <class T>
 struct OuterProducts {
-  // The block of it that is made at once, and how many rows of d and x are multiplied before the next: d's
-  // part is packed, x's stays in L2 while the block's rows go over it, and is read again for as few blocks as
-  // can be. On the matrix unit both are packed, and L2 holds them and the block.
-  static constexpr int64_t columns = 512, fma_rows = 192, fma_most = 128, amx_rows = 256, amx_most = 128;
+  // The block of it that is made at once, of even parts of its rows and columns, and how many rows of d and x
+  // are multiplied before the next: d's part is packed, x's stays in L2 while the block's rows go over it, and
+  // is read again for as few blocks as can be. On the matrix unit both are packed, and L2 holds them and the
+  // block.
+  static constexpr int64_t most_rows = 256, fma_columns = 448, amx_columns = 512, most = 128;
 
   int64_t I;
   bool on_amx;
-  int64_t rows, most;
+  int64_t rows, columns;
   std::vector<Factors<T>> products = {};
   std::vector<int64_t> ends = {};  // of the products done at once
   int64_t filled = 0;
@@ -23,8 +24,8 @@ struct OuterProducts {
   OuterProducts(int64_t all, int64_t O, int64_t I)
       : I(I),
         on_amx(Packed<T>::uses_amx(O, all, I)),
-        rows(on_amx ? amx_rows : fma_rows),
-        most(on_amx ? amx_most : fma_most) {}
+        rows(even_part(O, most_rows)),
+        columns(even_part(I, on_amx ? amx_columns : fma_columns)) {}
 
   // what is added between two calls of close() is summed in an order of its own
   void add(const T* d, int64_t ldd, const T* x, int64_t ldx, int64_t n) {
@@ -42,18 +43,21 @@ struct OuterProducts {
   }
 
   static int64_t scratch_size() {
-    const int64_t parts = amx::size(amx_rows, amx_most) + amx::size(columns, amx_most);
-    const int64_t on_fma = (fma_rows + fma_most) * columns + fma_most * fma_rows,
-                  on_amx = amx_rows * columns + parts * sizeof(amx::Part) / sizeof(T);
+    const int64_t parts = amx::size(most_rows, most) + amx::size(amx_columns, most);
+    const int64_t on_fma = (most_rows + most) * fma_columns + most * most_rows,
+                  on_amx = most_rows * amx_columns + parts * sizeof(amx::Part) / sizeof(T);
     return Packed<T>::uses_amx(1 << 20, 1 << 20, 1 << 20) ? std::max(on_fma, on_amx) : on_fma;
   }
 
   // its `o_size` rows from o on and `i_size` columns from i on
   void write(int64_t o, int64_t o_size, int64_t i, int64_t i_size, T* out, bool add, T* scratch) const {
     T* const sum = scratch;
-    for (int64_t r = 0; r < o_size && add; ++r)  // goes on from the round before
-      for (int64_t c = 0; c < columns; ++c)
-        sum[r * columns + c] = c < i_size ? -out[(o + r) * I + i + c] : T(0);
+    for (int64_t r = 0; r < (add ? o_size : 0); ++r) {  // goes on from the round before
+      const T* const from = out + (o + r) * I + i;
+      T* const to = sum + r * columns;
+      for (int64_t c = 0; c < i_size; ++c) to[c] = -from[c];
+      std::fill(to + i_size, to + columns, T(0));
+    }
     int64_t begin = 0;
     for (const int64_t end : ends) {
       const bool first = begin == 0 && !add;
@@ -70,6 +74,11 @@ struct OuterProducts {
   }
 
  private:
+  static int64_t even_part(int64_t n, int64_t at_most) {
+    const int64_t parts = (n + at_most - 1) / at_most;
+    return round_up((n + parts - 1) / std::max<int64_t>(parts, 1), 64);
+  }
+
   // sum [rows, columns] += the products from `begin` to `end`, or = if they are the first; scratch follows it
   void sum_up(int64_t begin, int64_t end, int64_t o, int64_t o_size, int64_t i, int64_t i_size, bool first,
               T* sum) const {
@@ -101,7 +110,7 @@ struct OuterProducts {
     if constexpr (has_amx<T>) {
       amx::Part* const d = reinterpret_cast<amx::Part*>(sum + rows * columns);
       amx::Part* const x = d + amx::size(rows, most);
-      const T *d_rows[amx_most], *x_rows[amx_most];
+      const T *d_rows[most], *x_rows[most];
       int64_t depth = 0;
       for (int64_t j = begin; j < end; ++j)
         for (int64_t k = 0; k < products[j].K; ++k, ++depth) {

@@ -38,7 +38,17 @@ struct Packed {
       }
     T* const panel = data + K * c;
     const int64_t some = std::min(width, columns - c);
-    for (int64_t k0 = 0; k0 < K; k0 += 16)
+    int64_t k0 = 0;
+    if constexpr (lanes<T> >= 4)
+      for (; row == 1 && k0 + 16 <= K; k0 += 16)
+        for (int64_t j = 0; j < width; j += lanes<T>) {
+          const T* const at = from + (c + j) * step + k0;
+          if (some - j >= lanes<T>)
+            transpose<T, lanes<T>, true>(16, lanes<T>, at, step, panel + k0 * width + j, width);
+          else
+            transpose<T, lanes<T>, false>(16, some - j, at, step, panel + k0 * width + j, width);
+        }
+    for (; k0 < K; k0 += 16)
       for (int64_t j = 0; j < width; ++j)
         for (int64_t k = k0; k < std::min(k0 + 16, K); ++k)
           panel[k * width + j] = j < some ? from[k * row + (c + j) * step] : T(0);

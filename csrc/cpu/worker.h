@@ -301,14 +301,8 @@ struct alignas(line_pair) Worker {
 
   // the tasks `begin` to `end`, at most `group` of them; sums: for each
   void run_group(int64_t begin, int64_t end, const Sums<T>* sums) {
-    const Buffer& x = plan.program.buffers[0];
     const int64_t tasks = end - begin;
-    if (K > 0)
-      copy_rows(tasks * N * x.R, x.C, static_cast<const T*>(q.support.x) + begin * N * x_size(), x.C,
-                memory.x_s, plan.ld[0]);
-    if (q.tail != Tail::weights)
-      copy_rows(tasks * Q * x.R, x.C, static_cast<const T*>(q.query.x) + begin * Q * x_size(), x.C,
-                memory.x_q, plan.ld[0]);
+    memory.take_x(begin, tasks);
     layers.multiply(tasks, memory.x_s, memory.x_q);
     for (s.offset = 0; s.offset < tasks; s.offset += c.side_by_side) {
       t = begin + s.offset, count = std::min(c.side_by_side, tasks - s.offset);

@@ -250,9 +250,9 @@ void check_outer_products(int64_t O, int64_t I, std::vector<int64_t> pieces) {
       const Arena scratch(Products::scratch_size() * sizeof(float));
       float* const memory = static_cast<float*>(scratch.data());
       for (int64_t o = 0; o < O; o += products.rows)
-        for (int64_t i = 0; i < I; i += Products::columns) {
+        for (int64_t i = 0; i < I; i += products.columns) {
           std::fill_n(memory, Products::scratch_size(), std::nanf(""));
-          products.write(o, std::min(products.rows, O - o), i, std::min(Products::columns, I - i), out.data(),
+          products.write(o, std::min(products.rows, O - o), i, std::min(products.columns, I - i), out.data(),
                          add, memory);
         }
       Matrix c(O, I, [] { return 0.0f; });
