@@ -1,6 +1,7 @@
 """The `cpu` backend on every instruction set that this machine has, on sizes of many kinds."""
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,14 @@ SIZES = [
     ((90, 300, 133, 65), 17, 9),
     ((1100, 70, 100, 5), 12, 5),
     ((9, 24, 36, 12), 24, 11),
+    ((48, 40, 20, 3), 6, 20),
 ]
+
+
+def among_nans(a: torch.Tensor) -> torch.Tensor:
+    """A copy that begins and ends anywhere, between NaN: x is read where it lies if it needs no padding."""
+    memory = torch.full((a.numel() + 66,), math.nan, dtype=a.dtype)
+    return memory[33:-33].view(a.shape).copy_(a)
 
 
 def check() -> None:
@@ -68,7 +76,7 @@ def check() -> None:
         ):
             model.to(dtype)
             params = dict(model.named_parameters())
-            data = [(x.to(dtype), y.to(dtype)) for x, y in tasks]
+            data = [(among_nans(x.to(dtype)), y.to(dtype)) for x, y in tasks]
             how = {"backend": "cpu", "fast_weights": form} if module is functional else {}
             loss = module.meta_loss(model, params, *data, loss="mse", lr=0.05, steps=2, **how)
             grads = torch.autograd.grad(loss, list(params.values()))
