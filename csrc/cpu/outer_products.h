@@ -54,9 +54,7 @@ struct OuterProducts {
     T* const sum = scratch;
     for (int64_t r = 0; r < (add ? o_size : 0); ++r) {  // goes on from the round before
       const T* const from = out + (o + r) * I + i;
-      T* const to = sum + r * columns;
-      for (int64_t c = 0; c < i_size; ++c) to[c] = -from[c];
-      std::fill(to + i_size, to + columns, T(0));
+      for (int64_t c = 0; c < i_size; ++c) sum[r * columns + c] = -from[c];
     }
     int64_t begin = 0;
     for (const int64_t end : ends) {

@@ -138,7 +138,7 @@ inline Program many_rows() {
   Net p(6, 4);
   const int64_t h = p.linear(0, 6);
   p.fold(0.1);
-  p.linear(p.activation(Kind::tanh, p.linear(h, 70)), 3);
+  p.linear(p.activation(Kind::tanh, p.linear(h, 70)), 5);
   return p;
 }
 

@@ -511,6 +511,7 @@ int main() {
        false,
        0,
        {0, 1, 2}},
+      {"factored rows", programs::many_rows(), mse, 1, 2, 3, 1, Case::scalar, false, false, 0, {0, 1, 2}},
       {"factored, rounds", programs::mlp(2), mse, 24, 80, 1, 2, Case::scalar, false, false, 0, {0, 1, 2}},
       {"factored, many tasks", programs::tiny(), mse, 203, 2, 1, 2, Case::scalar, false, false, 0, {0}},
       {"momentum", programs::mlp(2), mse, 2, 3, 5, 4, Case::scalar, false, false, 0, {}, {true, 0.9}},
