@@ -159,7 +159,7 @@ FASTMAML_INLINE void row_blocks(int64_t M, Tile tile) {
 template <int NV>
 constexpr int nn_rows = std::min((registers - NV - 1) / NV, 8);
 template <int NV>
-constexpr int nn_pairs = std::min((registers - NV - 2) / (2 * NV - 1), 4);
+constexpr int nn_pairs = std::min((registers - NV - 2) / (2 * NV - 1), 5);
 
 template <class T, int NV, int NP, bool half, class End>
 __attribute__((noinline)) void nn_panel(int64_t M, const Factors<T>* f, int64_t count, int64_t c, T* C,
