@@ -101,7 +101,7 @@ def grid(args: argparse.Namespace) -> None:
     report: dict[str, Any] = {"machine": machine.describe(), "queries": QUERIES, "rows": [], "skipped": []}
     columns = "".join(f"{name:>10}" for name in FORMS)
     print(f"{'w':>5}{'T':>5}{'N':>5}{'K':>4}  {columns}  ms; chosen, over the best")
-    for w, T, N, K in itertools.product(WIDTHS, TASKS, SHOTS, STEPS):
+    for w, T, N, K in itertools.product(args.widths, TASKS, SHOTS, STEPS):
         c = case(w, T, N, K)
         where = {"width": w, "tasks": T, "shots": N, "steps": K}
         if most_flops(c) > 1e9 * args.gflop:
@@ -119,6 +119,7 @@ def grid(args: argparse.Namespace) -> None:
         mark = "  <--" if over > 1.1 else ""
         print(f"{w:5}{T:5}{N:5}{K:4}  {cells}  {name:9}{over:6.2f}{mark}", flush=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n")  # with what was left out behind the last of them
     ratios = sorted(r["over_best"] for r in report["rows"])
     above = sum(r > 1.1 for r in ratios)
     print(
@@ -190,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.forms", description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.3, help="for all forms of a point (default 0.3)")
     parser.add_argument("--gflop", type=float, default=20.0, help="leave out points of more than this a step")
+    parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS, help="of the grid")
     parser.add_argument("--output", type=Path, help="JSON file (default: a new one in bench/results)")
     parser.add_argument("--picture", type=Path, help="draw time and memory into this file instead")
     args = parser.parse_args()
