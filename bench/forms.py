@@ -104,7 +104,7 @@ def grid(args: argparse.Namespace) -> None:
     for w, T, N, K in itertools.product(args.widths, TASKS, SHOTS, STEPS):
         c = case(w, T, N, K)
         where = {"width": w, "tasks": T, "shots": N, "steps": K}
-        if most_flops(c) > 1e9 * args.gflop:
+        if not 1e9 * args.above < most_flops(c) <= 1e9 * args.gflop:
             report["skipped"].append(where)
             continue
         name, seconds = chosen(c), args.seconds
@@ -121,10 +121,13 @@ def grid(args: argparse.Namespace) -> None:
         path.write_text(json.dumps(report, indent=1) + "\n")
     path.write_text(json.dumps(report, indent=1) + "\n")  # with what was left out behind the last of them
     ratios = sorted(r["over_best"] for r in report["rows"])
+    if not ratios:
+        raise SystemExit(f"all {len(report['skipped'])} points are left out")
     above = sum(r > 1.1 for r in ratios)
     print(
         f"{len(ratios)} points: the chosen over the best form: median {statistics.median(ratios):.3f}, worst"
         f" {ratios[-1]:.2f}, {above} above 1.10; {len(report['skipped'])} left out, over {args.gflop:g} GFLOP"
+        + (f" or not over {args.above:g}" if args.above else "")
     )
     print(f"saved {path}")
 
@@ -191,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.forms", description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.3, help="for all forms of a point (default 0.3)")
     parser.add_argument("--gflop", type=float, default=20.0, help="leave out points of more than this a step")
+    parser.add_argument("--above", type=float, default=0.0, help="and of no more than this")
     parser.add_argument("--widths", type=int, nargs="+", choices=WIDTHS, default=WIDTHS, help="of the grid")
     parser.add_argument("--output", type=Path, help="JSON file (default: a new one in bench/results)")
     parser.add_argument("--picture", type=Path, help="draw time and memory into this file instead")
