@@ -8,9 +8,9 @@ namespace fastmaml::FASTMAML_ISA {
 template <class T>
 struct OuterProducts {
   // The block of it that is made at once, of even parts of its rows and columns, and how many rows of d and x
-  // are multiplied before the next: d's part is packed, x's stays in L2 while the block's rows go over it, and
-  // is read again for as few blocks as can be. On the matrix unit both are packed, and L2 holds them and the
-  // block.
+  // are multiplied before the next: d's part is packed, x's stays in L2 while the block's rows go over it,
+  // and is read again for as few blocks as can be. On the matrix unit both are packed, and L2 holds them and
+  // the block.
   static constexpr int64_t most_rows = 256, fma_columns = 448, amx_columns = 512, most = 128;
 
   int64_t I;
