@@ -113,9 +113,9 @@ FAULTS = [
     ("worker.h", "s.grams = s.inner || q.grad_x_s;", "s.grams = s.inner;"),
     ("factored.h", "dot(own_gram(s, Side::d, false, g), t_x)", "dot(own_gram(s, Side::d, false, g), x)"),
     ("packed.h", "from[k * row + (c + j) * step]", "from[k * row + (c + j) * row]"),
-    ("packed.h", "(c + j) * step + k0;", "(c + j) * step;"),
-    ("packed.h", "some - j, at, step", "lanes<T>, at, step"),
-    ("packed.h", "lanes<T>, at, step, panel + k0 * width + j", "lanes<T>, at, step, panel + j"),
+    ("packed.h", "(c + j) * step + k0, step", "(c + j) * step, step"),
+    ("packed.h", "(16, some - j, from", "(16, lanes<T>, from"),
+    ("packed.h", "panel + k0 * width + j", "panel + j"),
     ("packed.h", "if (k > 0) part.add = true;\n      if (end < K)", "if (end < K)"),
     ("packed.h", "if (end < K) part.act = false", "if (false) part.act = false"),
     ("worker.h", "p.grad(b)[i] *= -p.grad_scale;", "p.grad(b)[i] *= p.grad_scale;"),
@@ -152,7 +152,7 @@ FAULTS = [
     ("worker.h", "descent.dot(g_t, g_t) + layers.square(s, task)", "descent.dot(g_t, g_t)"),
     ("memory.h", "query_frame + i % query_frames * q_frame", "query_frame"),
     # x where it lies, and sums that go on
-    ("memory.h", "if (plan.ld[0] == x.C) return from;", "return from;"),
+    ("memory.h", "if (x_in_place()) return from;", "return from;"),
     ("memory.h", "+ begin * set.n * x.R * x.C;", "+ begin * set.n * x.R;"),
     ("outer_products.h", "sum[r * columns + c] = -from[c];", "sum[r * columns + c] = from[c];"),
 ]  # fmt: skip

@@ -73,10 +73,10 @@ struct Run {
       const Param& p = c.plan.program.params[o.op.w];
       auto finish = [&](int64_t row, bool add) {
         T* const out = static_cast<T*>(q.grads) + row * c.plan.program.P + p.offset;
-        for (int64_t o = 0; o < p.O; o += all.back()->rows)
-          for (int64_t i = 0; i < p.I; i += all.back()->columns)
-            items.push_back({all.back().get(), o, std::min(all.back()->rows, p.O - o), i,
-                             std::min(all.back()->columns, p.I - i), out, add});
+        const Products& of = *all.back();
+        for (int64_t o = 0; o < p.O; o += of.rows)
+          for (int64_t i = 0; i < p.I; i += of.columns)
+            items.push_back({&of, o, std::min(of.rows, p.O - o), i, std::min(of.columns, p.I - i), out, add});
       };
       // the outer products of the tasks from t to end, all of one group
       const int64_t kinds = workers[0]->layers.outer_products(op);

@@ -290,11 +290,9 @@ void dots(int64_t M, int64_t K, int64_t i, int64_t columns, const Factors<T>* f,
   }
 }
 
-// to[k, c] = from[c, k] for n columns: a vector of them, or half of one. Only `some` of them exist, and are
-// read, if they are not `all`: 0 for the others. K: up to the next multiple of four.
 template <class T, int n, bool all>
-FASTMAML_INLINE void transpose(int64_t K, int64_t some, const T* from, int64_t ld_from, T* to,
-                               int64_t ld_to) {
+FASTMAML_INLINE void transpose_some(int64_t K, int64_t some, const T* from, int64_t ld_from, T* to,
+                                    int64_t ld_to) {
   constexpr auto lane = std::make_integer_sequence<int, n>();
   const T* group[n / 4];  // of four columns
   const auto is_there = [&](int64_t column) { return all || column < some; };
@@ -320,6 +318,17 @@ FASTMAML_INLINE void transpose(int64_t K, int64_t some, const T* from, int64_t l
   }
 }
 
+// to[k, c] = from[c, k] for n columns: a vector of them, or half of one. Only `some` of them exist, and are
+// read: 0 for the others. K: up to the next multiple of four.
+template <class T, int n>
+FASTMAML_INLINE void transpose(int64_t K, int64_t some, const T* from, int64_t ld_from, T* to,
+                               int64_t ld_to) {
+  if (some >= n)
+    transpose_some<T, n, true>(K, n, from, ld_from, to, ld_to);
+  else
+    transpose_some<T, n, false>(K, some, from, ld_from, to, ld_to);
+}
+
 // nt for a panel of columns, as nn with B transposed, a piece that stays in L1 at a time.
 template <class T, int NV, int NP, bool half>
 __attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* f, int64_t c, int64_t columns,
@@ -336,10 +345,7 @@ __attribute__((noinline)) void nt_panel(int64_t M, int64_t K, const Factors<T>* 
       FASTMAML_UNROLL(j, NV) {
         constexpr int n = half && j == NV - 1 ? W / 2 : W;
         const int64_t some = columns - c - j * W, ldb = f[p].ldb;
-        if (some >= n)
-          transpose<T, n, true>(deep, n, from + j * W * ldb, ldb, to + j * W, width);
-        else
-          transpose<T, n, false>(deep, some, from + j * W * ldb, ldb, to + j * W, width);
+        transpose<T, n>(deep, some, from + j * W * ldb, ldb, to + j * W, width);
       });
       piece[p] = {f[p].a + k, f[p].a_row, 1, to - c, width, deep};
     }

@@ -14,7 +14,7 @@ struct Memory {
   const Places support_places, query_places;
   std::optional<Arena> arena;
   T *theta_own, *stored, *segment, *v, *u, *g, *support_frames, *query_frame, *tangent_frames;
-  T *padded_s, *padded_q;       // x, where its rows need padding
+  T *padded_s, *padded_q;       // x, where it is not read in place
   const T *x_s, *x_q;           // of the tasks of a group, in rows of ld[0] numbers
   T *stored_m, *segment_m, *n;  // M_k, as W_k; dL/dM
   T *scaled, *product;          // scratch of the factored layers
@@ -42,7 +42,7 @@ struct Memory {
         query_places(plan, Q, L),
         dual(c.keep || c.q.tail == Tail::curvature) {
     const int64_t kept = L * weight_sets * P, more = c.keep ? L * (c.every - 1) * P : 0;
-    const int64_t of_x = plan.ld[0] == plan.program.buffers[0].C ? 0 : c.group * ld0;
+    const int64_t of_x = x_in_place() ? 0 : c.group * ld0;
     const int64_t tangents = !dual ? 0 : plan.side_by_side ? frames * t_frame : t_frame;
     std::vector<std::pair<T**, int64_t>> parts = {{&support_frames, frames * frame},
                                                   {&query_frame, query_frames * q_frame},
@@ -99,7 +99,9 @@ struct Memory {
       std::memset(at + r * ld + buffer.C, 0, padding * sizeof(T));
   }
 
-  // x of the tasks of a group, from `begin` on
+  // x is read where it lies if its rows need no padding
+  bool x_in_place() const { return plan.ld[0] == plan.program.buffers[0].C; }
+  // that of the tasks of a group, from `begin` on
   void take_x(int64_t begin, int64_t tasks) {
     x_s = K > 0 ? rows_of(c.q.support, begin, tasks, padded_s) : padded_s;
     x_q = c.q.tail != Tail::weights ? rows_of(c.q.query, begin, tasks, padded_q) : padded_q;
@@ -107,7 +109,7 @@ struct Memory {
   const T* rows_of(const Set& set, int64_t begin, int64_t tasks, T* padded) const {
     const Buffer& x = plan.program.buffers[0];
     const T* const from = static_cast<const T*>(set.x) + begin * set.n * x.R * x.C;
-    if (plan.ld[0] == x.C) return from;
+    if (x_in_place()) return from;
     copy_rows(tasks * set.n * x.R, x.C, from, x.C, padded, plan.ld[0]);
     return padded;
   }

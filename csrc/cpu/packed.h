@@ -41,13 +41,9 @@ struct Packed {
     int64_t k0 = 0;
     if constexpr (lanes<T> >= 4)
       for (; row == 1 && k0 + 16 <= K; k0 += 16)
-        for (int64_t j = 0; j < width; j += lanes<T>) {
-          const T* const at = from + (c + j) * step + k0;
-          if (some - j >= lanes<T>)
-            transpose<T, lanes<T>, true>(16, lanes<T>, at, step, panel + k0 * width + j, width);
-          else
-            transpose<T, lanes<T>, false>(16, some - j, at, step, panel + k0 * width + j, width);
-        }
+        for (int64_t j = 0; j < width; j += lanes<T>)
+          transpose<T, lanes<T>>(16, some - j, from + (c + j) * step + k0, step, panel + k0 * width + j,
+                                 width);
     for (; k0 < K; k0 += 16)
       for (int64_t j = 0; j < width; ++j)
         for (int64_t k = k0; k < std::min(k0 + 16, K); ++k)
