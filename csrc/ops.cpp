@@ -47,6 +47,8 @@ class Builder {
     q.threads = static_cast<int>(torch::stable::get_num_threads());
     STD_TORCH_CHECK(params.size() == q.program->params.size(), "expected ", q.program->params.size(),
                     " parameters, got ", params.size());
+    kept_.reserve(params.size() + 8);  // and the most of other tensors that an operator takes
+    q.params.reserve(params.size()), q.own.reserve(params.size());
     for (std::size_t i = 0; i < params.size(); ++i) {
       const Param& p = q.program->params[i];
       const int64_t size = p.O * p.I, got = params[i].numel();
@@ -99,10 +101,17 @@ class Builder {
     q.lr = data(lr, "lr");
   }
 
-  // Appends an output if it is wanted.
-  void output(Tensors& outputs, bool wanted, std::vector<int64_t> shape, void** at) {
+  // Appends an output if it is wanted. Made past the dispatcher, which would look its operator up by name.
+  void output(Tensors& outputs, bool wanted, const std::vector<int64_t>& shape, void** at) {
     if (!wanted) return;
-    outputs.push_back(torch::stable::new_empty(like_, shape));
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (std::size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
+    AtenTensorHandle made;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(),
+                                 q.is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                                 aoti_torch_device_type_cpu(), 0, &made));
+    outputs.emplace_back(made);
     *at = outputs.back().mutable_data_ptr();
   }
   void loss(Tensors& outputs) { output(outputs, true, {q.T}, &q.loss); }
@@ -232,10 +241,10 @@ Tensors inner_loop_backward(Tensors params, Tensor lr, Tensor x, Tensor y, Maybe
 }
 
 Tensors meta_loss(Tensors params, Tensor lr, Tensor x_s, Tensor y_s, MaybeTensor weight_s, Tensor x_q,
-                  Tensor y_q, MaybeTensor weight_q, Text program, std::vector<int64_t> factored,
-                  int64_t steps, bool first_order, Numbers rule, Numbers step_weights,
-                  int64_t checkpoint_every, bool per_task, double scale, bool grad_params, bool grad_lr,
-                  bool grad_x_s, bool grad_x_q) {
+                  Tensor y_q, MaybeTensor weight_q, Text program, int64_t steps, double scale,
+                  bool grad_params, bool first_order, int64_t checkpoint_every, bool per_task, bool grad_lr,
+                  bool grad_x_s, bool grad_x_q, std::vector<int64_t> factored, Numbers rule,
+                  Numbers step_weights) {
   Builder b(params, x_s, program, Tail::loss);
   b.q.support = b.set(x_s, &y_s, weight_s);
   b.q.query = b.set(x_q, &y_q, weight_q);
@@ -280,11 +289,10 @@ STABLE_TORCH_LIBRARY(fastmaml, m) {
       "bool grad_lr, bool grad_x) -> Tensor[]");
   m.def(
       "meta_loss(Tensor[] params, Tensor lr, Tensor x_s, Tensor y_s, Tensor? weight_s, Tensor x_q, "
-      "Tensor y_q, Tensor? weight_q, str program, int[] factored, int steps, bool first_order, "
-      "float[] rule, float[] step_weights, int checkpoint_every, bool per_task, float scale, bool "
-      "grad_params, bool grad_lr, bool grad_x_s, bool "
-      "grad_x_q) "
-      "-> Tensor[]");
+      "Tensor y_q, Tensor? weight_q, str program, int steps, float scale, bool grad_params, "
+      "bool first_order=False, int checkpoint_every=0, bool per_task=False, bool grad_lr=False, "
+      "bool grad_x_s=False, bool grad_x_q=False, int[] factored=[], float[] rule=[], "
+      "float[] step_weights=[]) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastmaml, CPU, m) {

@@ -35,18 +35,18 @@ def _arguments(own: bool):
             *s,
             *q,
             program,
-            factored,
             K,
-            False,
-            rule,
-            [0.5] * (K - 1) + [1.0] if rule else [],
-            1,
-            False,
             0.5,
             True,
+            False,
+            1,
+            False,
             True,
             True,
             False,
+            factored,
+            rule,
+            [0.5] * (K - 1) + [1.0] if rule else [],
         ),
     }
 
@@ -74,6 +74,7 @@ def test_a_compiled_training_step_is_the_same() -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_torch_backend_says_that_it_cannot_be_compiled() -> None:
     model = nn.Sequential(nn.Linear(6, 2))
 

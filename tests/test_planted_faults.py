@@ -61,7 +61,7 @@ FAULTS = [
     ("silu.h", "second = s1 * (T(2) + x", "second = s1 * (T(1) + x"),
     ("gelu.h", "second = density * (T(2) - x * x)", "second = density * (T(1) - x * x)"),
     ("gelu.h", "second = t1 + T(0.5) * x * t2", "second = t1 + x * t2"),
-    ("mse.h", "p.t_grad(out)[row * ld + c] = T(2 * s)", "p.t_grad(out)[row * ld + c] = T(s)"),
+    ("mse.h", "two_s = T(2 * s)", "two_s = T(Dual ? s : 2 * s)"),
     ("cross_entropy.h", "d[c] = s * (d[c] / norm) * (t[c] - along)", "d[c] = s * (d[c] / norm) * t[c]"),
     ("cross_entropy.h", "if (smoothing) expected += smoothing / C * (z[c] - top);", ""),
     ("add.h", "if (p.wants_grad(o.tangent_in1)) pass_on", "if (false) pass_on"),

@@ -70,9 +70,7 @@ void linear_backward(const OpPlan& o, const Pass<T>& p) {
   const T* d = p.grad(op.out);
   const T* t_d = Dual ? p.t_grad(op.out) : nullptr;
   const bool grad_x = p.wants_grad(o.tangent_in0), grad_w = p.wants_param_grad(op.w);
-  // Both gradients read the weights: a block of rows at a time, so that the second finds them in L2.
-  const int64_t fit = std::max<int64_t>((64 << 10) / (s.ld * sizeof(T)) / 16 * 16, 16);
-  const int64_t block = s.wide && grad_x && grad_w ? fit : s.rows;
+  const int64_t block = grad_x && grad_w ? s.block : s.rows;
   for (int64_t row = 0; row < s.rows; row += block) {
     Slot part = s;
     part.rows = std::min(block, s.rows - row);

@@ -44,16 +44,18 @@ struct Memory {
     const int64_t kept = L * weight_sets * P, more = c.keep ? L * (c.every - 1) * P : 0;
     const int64_t of_x = x_in_place() ? 0 : c.group * ld0;
     const int64_t tangents = !dual ? 0 : plan.side_by_side ? frames * t_frame : t_frame;
-    std::vector<std::pair<T**, int64_t>> parts = {{&support_frames, frames * frame},
-                                                  {&query_frame, query_frames * q_frame},
-                                                  {&tangent_frames, tangents},
-                                                  {&padded_s, K > 0 ? N * of_x : 0},
-                                                  {&padded_q, Q * of_x},
-                                                  {&theta_own, L * P},
-                                                  {&stored, kept},
-                                                  {&segment, more},
-                                                  {&v, L * P},
-                                                  {&u, L * P}};
+    std::vector<std::pair<T**, int64_t>> parts;
+    parts.reserve(16);
+    parts.insert(parts.end(), {{&support_frames, frames * frame},
+                               {&query_frame, query_frames * q_frame},
+                               {&tangent_frames, tangents},
+                               {&padded_s, K > 0 ? N * of_x : 0},
+                               {&padded_q, Q * of_x},
+                               {&theta_own, L * P},
+                               {&stored, kept},
+                               {&segment, more},
+                               {&v, L * P},
+                               {&u, L * P}});
     if (c.q.plain)
       parts.push_back({&g, P});
     else
@@ -119,8 +121,9 @@ struct Memory {
   T* momenta(int64_t k, int64_t task) const { return of_step(k, task, stored_m, segment_m); }
   T* of_step(int64_t k, int64_t task, T* stored, T* segment) const {
     if (!c.keep) return stored + (task * weight_sets + (k & 1)) * P;
-    if (k % c.every == 0) return stored + (task * weight_sets + k / c.every) * P;
-    return segment + (task * (c.every - 1) + k % c.every - 1) * P;
+    const int64_t set = k < c.every ? 0 : k / c.every, rest = k - set * c.every;
+    return rest == 0 ? stored + (task * weight_sets + set) * P
+                     : segment + (task * (c.every - 1) + rest - 1) * P;
   }
   const T* weights_at(int64_t k, int64_t task) const {
     if (k > 0) return weights(k, task);
@@ -133,7 +136,11 @@ struct Memory {
             N,
             support_places.of(task),
             x_s + (offset + task) * N * ld0,
-            carve_frame(plan, support_places, task, support_frames + (frames > 1 ? k % frames : 0) * frame),
+            carve_frame(plan, support_places, task,
+                        support_frames + (k < frames   ? k
+                                          : frames > 1 ? k % frames
+                                                       : 0) *
+                                             frame),
             carve_frame(plan, support_places, task, tangent_frames + (plan.side_by_side ? k * t_frame : 0)),
             weights_at(k, task)};
   }

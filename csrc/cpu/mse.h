@@ -15,16 +15,17 @@ double mse(const Pass<T>& p, const T* target, const T* weight) {
     total = 0;
     for (int64_t i = 0; i < p.n; ++i) total += weight[i];
   }
+  total *= b.R * b.C;
+  const double each = 1 / total;
+  const T* const z = Dual ? p.t_value(out) : p.value(out);
+  T* const d = Dual ? p.t_grad(out) : p.grad(out);
   for (int64_t row = 0; row < p.n * b.R; ++row) {
-    const double s = (weight ? weight[row / b.R] : T(1)) / (total * b.R * b.C);
+    const double s = weight ? weight[row / b.R] / total : each;
+    const T two_s = T(2 * s);
     for (int64_t c = 0; c < b.C; ++c) {
-      if constexpr (Dual) {
-        p.t_grad(out)[row * ld + c] = T(2 * s) * p.t_value(out)[row * ld + c];
-      } else {
-        const T e = p.value(out)[row * ld + c] - target[row * b.C + c];
-        p.grad(out)[row * ld + c] = T(2 * s) * e;
-        loss += s * double(e) * double(e);
-      }
+      const T e = Dual ? z[row * ld + c] : z[row * ld + c] - target[row * b.C + c];
+      d[row * ld + c] = two_s * e;
+      if constexpr (!Dual) loss += s * double(e) * double(e);
     }
   }
   return loss;

@@ -27,14 +27,14 @@ struct Partition {
   // A round of groups that are nodes of the tree, so that a thread adds up its own: long ones first, each as
   // large as leaves the other threads enough to do meanwhile.
   void divide_by_halves(int64_t threads) {
-    std::vector<int64_t> begins = {0};
+    std::vector<int64_t>& begins = rounds.emplace_back();
+    begins.reserve(sets + 1), begins.push_back(0);
     while (begins.back() < sets) {
       const int64_t share = (sets - begins.back() - 1) / threads;
       int64_t size = 1;
       while (2 * size <= share) size *= 2;
       begins.push_back(begins.back() + size);
     }
-    rounds = {begins};
   }
   // `count` rounds, each of a group for every thread
   void divide_evenly(int64_t threads, int64_t count) {

@@ -20,6 +20,7 @@ inline int64_t apart(int64_t width, int64_t power, int64_t line) {
 // with one output does not compute a whole vector.
 struct Slot {
   int64_t rows, cols, width, ld, offset;
+  int64_t block;  // rows that are read at once where two products read them: the second finds them in L2
   bool wide;
   int uses;
   int64_t size() const { return rows * ld; }
@@ -63,15 +64,16 @@ struct Plan {
 
 // Where the buffers of `tasks` tasks lie in a frame: a buffer of all tasks is one matrix.
 struct Places {
-  int64_t n = 0, tasks = 0;
+  int64_t n, tasks, buffers;
   std::vector<int64_t> at;  // [tasks, buffers]
 
-  Places(const Plan& plan, int64_t n, int64_t tasks) : n(n), tasks(tasks) {
+  Places(const Plan& plan, int64_t n, int64_t tasks) : n(n), tasks(tasks), buffers(plan.ld.size()) {
+    at.reserve(tasks * buffers);
     for (int64_t task = 0; task < tasks; ++task)
       for (std::size_t b = 0; b < plan.ld.size(); ++b)
         at.push_back(n * (tasks * plan.before[b] + task * plan.program.buffers[b].R * plan.ld[b]));
   }
-  const int64_t* of(int64_t task) const { return at.data() + task * (at.size() / tasks); }
+  const int64_t* of(int64_t task) const { return at.data() + task * buffers; }
 };
 
 // lanes: of a vector; line: numbers in a cache line of 64 bytes; factored: for each op, empty for none;
@@ -98,6 +100,8 @@ inline Plan make_plan(Program program, int64_t lanes, int64_t line, const std::v
     }
     s.width = round_up(s.cols, lanes);
     s.ld = s.rows > 1 ? apart(s.width, 8 * line, line) : s.width;
+    s.block =
+        s.wide && s.rows > 0 ? std::max<int64_t>((64 << 10) / (s.ld * 64 / line) / 16 * 16, 16) : s.rows;
     s.offset = plan.P;
     plan.P += round_up(s.size(), 16);
     plan.slots.push_back(s);

@@ -194,16 +194,20 @@ def inner_loop_backward(
     return grads, _over_tasks(grad_lr, False), grad_x
 
 
+# The schema has them as defaults: every argument that Python passes costs a tenth of a microsecond.
+_USUAL = False, 0, False, False, False, False, (), (), ()
+
+
 def meta_loss(
     problem, params, lr, support, query,
     *, steps, first_order, rule=(), step_weights=(), checkpoint_every, per_task, scale, needs, factored=(),
 ):  # fmt: skip
     (x_s, y_s), (x_q, y_q) = support, query
     want = "params" in needs, "lr" in needs and steps > 0, "x_s" in needs, "x_q" in needs
-    encoded, every = _encoded(problem, x_s), checkpoint_every or 0
+    rest = first_order, checkpoint_every or 0, per_task, *want[1:], factored, rule, step_weights
     loss, *out = _op.meta_loss(
-        params, lr, x_s, *y_s, x_q, *y_q,
-        encoded, factored, steps, first_order, rule, step_weights, every, per_task, scale, *want,
+        params, lr, x_s, *y_s, x_q, *y_q, _encoded(problem, x_s), steps, scale, want[0],
+        *(() if rest == _USUAL else rest),
     )  # fmt: skip
     grads, grad_lr, grad_s, grad_q = _place(out, want)
     return loss, grads, _over_tasks(grad_lr, per_task), grad_s, grad_q
@@ -281,9 +285,9 @@ def _register_fakes() -> None:
         return _wanted(x, (grad_params, (rows, P)), lr_grad, (grad_x, x.shape))
 
     @fake("fastmaml::meta_loss")
-    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, factored, steps, first_order,
-          rule, step_weights, checkpoint_every, per_task, scale,
-          grad_params, grad_lr, grad_x_s, grad_x_q):  # fmt: skip
+    def _(params, lr, x_s, y_s, weight_s, x_q, y_q, weight_q, program, steps, scale, grad_params,
+          first_order=False, checkpoint_every=0, per_task=False, grad_lr=False, grad_x_s=False,
+          grad_x_q=False, factored=(), rule=(), step_weights=()):  # fmt: skip
         rows, P = _rows_and_P(params, program, x_s.shape[0], per_task)
         lr_grad = grad_lr and steps > 0, (rows, steps, lr.shape[1])
         grads = _wanted(x_s, (grad_params, (rows, P)), lr_grad, (grad_x_s, x_s.shape), (grad_x_q, x_q.shape))
