@@ -197,7 +197,7 @@ def check_labels(name: str, y: Tensor, classes: int) -> None:
             raise ValueError(f"{name} must hold labels from 0 to {classes - 1}, got {low} to {high}")
 
 
-def signature(params: Mapping[str, Tensor], *data: Any) -> tuple[Any, ...] | None:
+def signature(params: Mapping[str, Tensor], *data: Any) -> list[Any] | None:
     """All that the checks of plain contiguous tensors look at; None for anything that they must see again.
 
     A call like the last one is checked by comparing this: the checks one by one take as long as a small
@@ -212,8 +212,11 @@ def signature(params: Mapping[str, Tensor], *data: Any) -> tuple[Any, ...] | Non
     for a in (*data, *params.values()):
         if not isinstance(a, Tensor) or not a.is_contiguous():
             return None
-        seen += (a.shape, a.dtype, a.device)
-    return None if any(y.requires_grad for y in data[1::2]) else tuple(seen)
+        seen += a.shape, a.dtype, a.device
+    for y in data[1::2]:
+        if y.requires_grad:
+            return None
+    return seen
 
 
 def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:
@@ -221,6 +224,8 @@ def step_sizes(problem: Problem, lr: Any, steps: int, x: Tensor) -> Tensor:
 
     Frozen parameters need no entry in a dict, and have 0.
     """
+    if type(lr) is float:  # the usual one, sooner
+        return _constant(problem, lr, steps, x)
     each = _each_step(lr, steps)
     if not any(isinstance(a, Mapping) for a in each):
         if len(each) == 1 and not isinstance(each[0], Tensor):

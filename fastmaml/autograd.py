@@ -37,7 +37,7 @@ class Apply(Function):
         summed = (not any_own(problem, ws), False)
         with torch.no_grad():
             grads, grad_x = over_tasks(problem, chunk, run, ws, (x, grad_out.contiguous()), summed)
-            out = grad_x, *parameter_grads(problem.strided[x.element_size()], grads, ws)
+            out = grad_x, *parameter_grads(problem.strided[x.element_size()], grads, own_of(problem, ws))
         return None, *once(out)
 
 
@@ -65,7 +65,12 @@ class ValueAndGrad(Function):
             v = flat_of(problem, vs, x)
             d = None if grad_value is None else grad_value.contiguous()
             grads, grad_x = over_tasks(problem, chunk, run, ws, (x, t, w, d, v), summed)
-            out = grad_x, None, None, *parameter_grads(problem.strided[x.element_size()], grads, ws)
+            out = (
+                grad_x,
+                None,
+                None,
+                *parameter_grads(problem.strided[x.element_size()], grads, own_of(problem, ws)),
+            )
         return None, *once(out)
 
 
@@ -99,7 +104,13 @@ class InnerLoop(Function):
             v = flat_of(problem, vs, x)
             grads, grad_lr, grad_x = over_tasks(problem, chunk, run, ws, (x, t, w, v), summed)
             grad_lr = None if grad_lr is None else grad_lr[0]
-            out = grad_lr, grad_x, None, None, *parameter_grads(problem.strided[x.element_size()], grads, ws)
+            out = (
+                grad_lr,
+                grad_x,
+                None,
+                None,
+                *parameter_grads(problem.strided[x.element_size()], grads, own_of(problem, ws)),
+            )
         return None, *once(out)
 
 
@@ -169,7 +180,7 @@ class MetaLoss(Function):
         value, *grads = run_meta(how, lr, (x_s, t_s, w_s, x_q, t_q, w_q), ws)
         # the gradients are all that backward reads: nothing else stays in memory
         ctx.save_for_backward(*grads)
-        ctx.own = [p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)]
+        ctx.own = own_of(problem, ws)
         ctx.where = problem.strided[x_s.element_size()]
         return value
 
@@ -212,8 +223,13 @@ def over_tasks(
     ]
 
 
+def own_of(problem: Problem, ws: Sequence[Tensor]) -> list[bool]:
+    """Of each parameter, has it one per task?"""
+    return [p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True)]
+
+
 def any_own(problem: Problem, ws: Sequence[Tensor]) -> bool:
-    return any(p.dim() > len(s) for p, s in zip(ws, problem.shapes, strict=True))
+    return True in own_of(problem, ws)
 
 
 def views_of(problem: Problem, flat: Tensor, T: int) -> list[Tensor]:
@@ -232,15 +248,14 @@ def flat_of(problem: Problem, vs: Sequence[Tensor | None], x: Tensor) -> Tensor:
     return flat
 
 
-def parameter_grads(where: Sequence[Any], flat: Tensor | None, ws: Sequence[Any]) -> list[Any]:
+def parameter_grads(where: Sequence[Any], flat: Tensor | None, own: Sequence[bool]) -> list[Any]:
     """[1 or T, P] -> each parameter's gradient: [T, *shape] where it has one per task, else summed.
 
-    where: Problem.strided; ws: the parameters, or of each whether it has one per task
+    where: Problem.strided; own: own_of, or empty for none
     """
     if flat is None:
-        return [None] * len(ws)
+        return [None] * len(where)
     rows, P = flat.shape
-    own = [w if isinstance(w, bool) else w.dim() > len(s) for w, (s, _, _) in zip(ws, where, strict=True)]
     if rows == 1 and True not in own:
         return [flat.as_strided(shape, stride, at) for shape, stride, at in where]
     views = [flat.as_strided((rows, *shape), (P, *stride), at) for shape, stride, at in where]

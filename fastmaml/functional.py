@@ -46,6 +46,7 @@ from .autograd import (
     flat_of,
     once,
     over_tasks,
+    own_of,
     parameter_grads,
     run_meta,
     views_of,
@@ -195,7 +196,8 @@ def meta_value_and_grad(
         )  # fmt: skip
         how = problem, (name, precision), chunk_tasks, _PARAMS, loop, reduction, factored
         value, grads, *_ = run_meta(how, rates, data, ws)
-        views = parameter_grads(problem.strided[grads.element_size()], grads, ws)
+        own = own_of(problem, ws) if len(grads) == len(data[0]) else ()  # else they were summed
+        views = parameter_grads(problem.strided[grads.element_size()], grads, own)
     return value, dict(zip(problem.names, views, strict=True))
 
 

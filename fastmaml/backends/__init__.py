@@ -133,12 +133,15 @@ def _state(model: nn.Module) -> list[Any]:
     """What a changed model changes. Every call asks, so it goes past nn.Module's own, slower, ways to ask."""
     state: list[Any] = []
     modules: list[Any] = [model]
+    plain = _PLAIN
     for m in modules:
         if m is None:
             continue
         d = m.__dict__
         state += (id(m), type(m), len(d["_forward_hooks"]), len(d["_forward_pre_hooks"]))
-        state += [a for a in d.values() if type(a) in _PLAIN]  # hyperparameters, and `training`
+        for a in d.values():  # hyperparameters, and `training`
+            if type(a) in plain:
+                state.append(a)
         if own := d["_parameters"]:
             for name, p in own.items():
                 if p is not None:
