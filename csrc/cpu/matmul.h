@@ -106,10 +106,10 @@ FASTMAML_INLINE void nn_tile(const Factors<T>* f, int64_t count, int64_t m, int6
     const T* b = p.b + c;
     for (int64_t k = 0; k < K; ++k, a += a_col, b += ldb) {
       V bv[NV];
-      // matrices with panels this wide may not fit in L2 (measured: 3 % of the step of a wide network): some
-      // rows ahead, or the next panel where each of several products has few rows
-      if constexpr (NV == 4) FASTMAML_UNROLL(j, NV) {
-          __builtin_prefetch(b + (NP > 0 ? 12 * ldb : NV * W) + W * j);
+      // matrices with panels this wide may not fit in L2 (measured: 3 % of the step of a wide network); of
+      // several products each has few rows
+      if constexpr (NV == 4 && NP > 0) FASTMAML_UNROLL(j, NV) {
+          __builtin_prefetch(b + 12 * ldb + W * j);
         });
       FASTMAML_UNROLL(j, whole) { bv[j] = in_register(load(b + W * j)); });
       if constexpr (half) {

@@ -96,9 +96,9 @@ struct Memory {
   }
   void clear_padding(std::size_t b, int64_t examples, T* at) const {
     const Buffer& buffer = plan.program.buffers[b];
-    const int64_t ld = plan.ld[b], padding = ld - buffer.C;
-    for (int64_t r = 0; r < examples * buffer.R && padding; ++r)
-      std::memset(at + r * ld + buffer.C, 0, padding * sizeof(T));
+    const int64_t ld = plan.ld[b], first = buffer.C / lanes<T> * lanes<T>;  // of the vectors that hold some
+    for (int64_t r = 0; r < examples * buffer.R; ++r)
+      for (int64_t c = first; c < ld; c += lanes<T>) store(at + r * ld + c, Vec<T>{});
   }
 
   // x is read where it lies if its rows need no padding
@@ -131,28 +131,19 @@ struct Memory {
   }
 
   // offset: of the tasks side by side in the group
-  Pass<T> support_pass(int64_t k, int64_t task, int64_t offset) const {
-    return {plan,
-            N,
-            support_places.of(task),
-            x_s + (offset + task) * N * ld0,
-            carve_frame(plan, support_places, task,
-                        support_frames + (k < frames   ? k
-                                          : frames > 1 ? k % frames
-                                                       : 0) *
-                                             frame),
-            carve_frame(plan, support_places, task, tangent_frames + (plan.side_by_side ? k * t_frame : 0)),
-            weights_at(k, task)};
+  void add_support_pass(OwnVector<Pass<T>>& to, int64_t k, int64_t task, int64_t offset) const {
+    T* const at = support_frames + (k < frames ? k : frames > 1 ? k % frames : 0) * frame;
+    to.emplace_back(
+        plan, N, support_places.of(task), x_s + (offset + task) * N * ld0,
+        carve_frame(plan, support_places, task, at),
+        carve_frame(plan, support_places, task, tangent_frames + (plan.side_by_side ? k * t_frame : 0)),
+        weights_at(k, task));
   }
-  Pass<T> query_pass(int64_t k, int64_t task, int64_t offset) const {
+  void add_query_pass(OwnVector<Pass<T>>& to, int64_t k, int64_t task, int64_t offset) const {
     const int64_t i = std::find(c.query_steps.begin(), c.query_steps.end(), k) - c.query_steps.begin();
-    return {plan,
-            Q,
-            query_places.of(task),
-            x_q + (offset + task) * Q * ld0,
-            carve_frame(plan, query_places, task, query_frame + i % query_frames * q_frame),
-            carve_frame(plan, query_places, task, tangent_frames),
-            weights_at(k, task)};
+    to.emplace_back(plan, Q, query_places.of(task), x_q + (offset + task) * Q * ld0,
+                    carve_frame(plan, query_places, task, query_frame + i % query_frames * q_frame),
+                    carve_frame(plan, query_places, task, tangent_frames), weights_at(k, task));
   }
 };
 

@@ -89,16 +89,18 @@ struct OuterProducts {
         std::memcpy(at, p.a + r * p.a_col + o, o_size * sizeof(T));
       depth += p.K;
     }
-    for (int64_t j = begin, r = 0; j < end; ++j)  // along whole rows, as they are fetched from afar
-      for (int64_t k = 0; k < products[j].K; ++k, ++r)
-        column_panels<T>(i_size, [&](auto vectors, int64_t c) {
-          T* const to = packed_x + most * c + r * vectors * lanes<T>;
-          const T* const from = products[j].b + k * products[j].ldb + i + c;
-          FASTMAML_UNROLL(v, vectors) { store(to + v * lanes<T>, load(from + v * lanes<T>)); });
-        });
     column_panels<T>(i_size, [&](auto vectors, int64_t c) {
       constexpr int64_t width = vectors * lanes<T>;
-      const Factors<T> f{packed, 1, rows, packed_x + most * c - c, width, depth};
+      T* const x = packed_x + most * c;
+      for (int64_t j = begin, r = 0; j < end; ++j)
+        for (int64_t k = 0; k < products[j].K; ++k, ++r) {
+          const T* const from = products[j].b + k * products[j].ldb + i + c;
+          FASTMAML_UNROLL(v, vectors) {
+            store(x + r * width + v * lanes<T>, load(from + v * lanes<T>));
+            __builtin_prefetch(from + width + v * lanes<T>);  // the next panel's
+          });
+        }
+      const Factors<T> f{packed, 1, rows, x - c, width, depth};
       nn_panel<T, vectors, 1, false>(o_size, &f, 1, c, sum, columns,
                                      Update<T>{first ? nullptr : sum, T(1), nullptr});
     });

@@ -43,7 +43,7 @@ struct Pass {
   const T* x;         // [n * R, ld]: buffer 0
   Frame<T> primal;
   Frame<T> tangent;        // dual only
-  const T* w = nullptr;    // [P] in slots: the fast weights
+  const T* w;              // [P] in slots: the fast weights
   const T* t_w = nullptr;  // [P]: their tangent
   // parameter gradients (null dst: none wanted)
   T* grad_dst = nullptr;
@@ -55,6 +55,11 @@ struct Pass {
   bool skip_frozen = false;
   bool x_grad = false;       // is the gradient of buffer 0 wanted?
   bool only_params = false;  // the gradients of the buffers are there from an earlier pass
+
+  // for emplace_back: what is copied right after it was written waits for its stores
+  Pass(const Plan& plan, int64_t n, const int64_t* at, const T* x, Frame<T> primal, Frame<T> tangent,
+       const T* w)
+      : plan(plan), n(n), at(at), x(x), primal(primal), tangent(tangent), w(w) {}
 
   int64_t ld(int64_t b) const { return plan.ld[b]; }
   int64_t width(int64_t b) const { return round_up(plan.program.buffers[b].C, lanes<T>); }

@@ -61,13 +61,13 @@ struct alignas(line_pair) Worker {
   // a sweep over all tasks side by side, after k steps on the support set
   void set_support_sweep(int64_t k) {
     s.tasks.clear();
-    for (int64_t task = 0; task < count; ++task) s.tasks.push_back(memory.support_pass(k, task, s.offset));
+    for (int64_t task = 0; task < count; ++task) memory.add_support_pass(s.tasks, k, task, s.offset);
     s.k = k, s.begin = 0, s.on_query = false;
   }
   // on the query set, over the tasks from `begin` to `end`
   void set_query_sweep(int64_t k, int64_t begin, int64_t end) {
     s.tasks.clear();
-    for (int64_t task = begin; task < end; ++task) s.tasks.push_back(memory.query_pass(k, task, s.offset));
+    for (int64_t task = begin; task < end; ++task) memory.add_query_pass(s.tasks, k, task, s.offset);
     s.k = k, s.begin = begin, s.on_query = true;
   }
 
@@ -324,8 +324,8 @@ struct alignas(line_pair) Worker {
     if (plan.factored) {
       first.clear(), query.clear();
       for (int64_t task = 0; task < count; ++task) {
-        first.push_back(memory.support_pass(0, task, s.offset)),
-            query.push_back(memory.query_pass(c.query_steps[0], task, s.offset));
+        memory.add_support_pass(first, 0, task, s.offset);
+        memory.add_query_pass(query, c.query_steps[0], task, s.offset);
         layers.begin(task, first[task].x, query[task].x);
       }
     }
