@@ -37,7 +37,7 @@ class Apply(Function):
         summed = (not any_own(problem, ws), False)
         with torch.no_grad():
             grads, grad_x = over_tasks(problem, chunk, run, ws, (x, grad_out.contiguous()), summed)
-            out = grad_x, *parameter_grads(problem.strided[x.element_size()], grads, own_of(problem, ws))
+            out = grad_x, *by_parameter(problem, grads, ws, x)
         return None, *once(out)
 
 
@@ -65,12 +65,7 @@ class ValueAndGrad(Function):
             v = flat_of(problem, vs, x)
             d = None if grad_value is None else grad_value.contiguous()
             grads, grad_x = over_tasks(problem, chunk, run, ws, (x, t, w, d, v), summed)
-            out = (
-                grad_x,
-                None,
-                None,
-                *parameter_grads(problem.strided[x.element_size()], grads, own_of(problem, ws)),
-            )
+            out = grad_x, None, None, *by_parameter(problem, grads, ws, x)
         return None, *once(out)
 
 
@@ -104,13 +99,7 @@ class InnerLoop(Function):
             v = flat_of(problem, vs, x)
             grads, grad_lr, grad_x = over_tasks(problem, chunk, run, ws, (x, t, w, v), summed)
             grad_lr = None if grad_lr is None else grad_lr[0]
-            out = (
-                grad_lr,
-                grad_x,
-                None,
-                None,
-                *parameter_grads(problem.strided[x.element_size()], grads, own_of(problem, ws)),
-            )
+            out = grad_lr, grad_x, None, None, *by_parameter(problem, grads, ws, x)
         return None, *once(out)
 
 
@@ -260,6 +249,11 @@ def parameter_grads(where: Sequence[Any], flat: Tensor | None, own: Sequence[boo
         return [flat.as_strided(shape, stride, at) for shape, stride, at in where]
     views = [flat.as_strided((rows, *shape), (P, *stride), at) for shape, stride, at in where]
     return [v if mine else v.sum(0) for v, mine in zip(views, own, strict=True)]
+
+
+def by_parameter(problem: Problem, flat: Tensor | None, ws: Sequence[Tensor], x: Tensor) -> list[Any]:
+    """parameter_grads for ws, on data like x."""
+    return parameter_grads(problem.strided[x.element_size()], flat, own_of(problem, ws))
 
 
 _HIGHER = (
