@@ -43,9 +43,8 @@ struct Buffers {
              x.data(),
              carve_frame(plan, places, 0, primal.data()),
              carve_frame(plan, places, 0, tangent.data()),
-             w.data(),
-             t_w.data(),
-             grads.data()} {
+             w.data()} {
+    pass.t_w = t_w.data(), pass.grad_dst = grads.data();
     pass.x_grad = true;
   }
 };
