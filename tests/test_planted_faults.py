@@ -155,6 +155,10 @@ FAULTS = [
     ("memory.h", "if (x_in_place()) return from;", "return from;"),
     ("memory.h", "+ begin * set.n * x.R * x.C;", "+ begin * set.n * x.R;"),
     ("outer_products.h", "sum[r * columns + c] = -from[c];", "sum[r * columns + c] = from[c];"),
+    # the places of a step's weights and frames, and what pads the rows
+    ("memory.h", "(c.every - 1) + rest - 1) * P", "(c.every - 1)) * P"),
+    ("memory.h", "frames > 1 ? k % frames : 0", "0"),
+    ("memory.h", "first = buffer.C / lanes<T> * lanes<T>;", "first = ld;"),
 ]  # fmt: skip
 
 pytestmark = [
